@@ -1,0 +1,1 @@
+"""Sampled attention over key-value blocks in host memory."""

@@ -1,0 +1,291 @@
+"""The CPU kernels: the native extension behind the signatures of `reference`, which replaces it
+where it could not be built."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from . import reference
+from .block_indices import BlockIndices
+
+logger = logging.getLogger("vllm_sparse.kernels")
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_i64, _ptr = ctypes.c_int64, ctypes.c_void_p
+
+
+class _PagedKV(ctypes.Structure):
+    _fields_ = [
+        ("k", _ptr), ("v", _ptr),
+        ("k_page_stride", _i64), ("k_head_stride", _i64), ("k_row_stride", _i64),
+        ("v_page_stride", _i64), ("v_head_stride", _i64), ("v_row_stride", _i64),
+        ("block_table", _ptr), ("table_stride", _i64), ("page_size", _i64), ("num_pages", _i64),
+    ]  # fmt: skip
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = [
+        ("dtype", _i64), ("num_seqs", _i64), ("num_heads", _i64), ("num_kv_heads", _i64),
+        ("head_size", _i64), ("scale", ctypes.c_float),
+    ]  # fmt: skip
+
+
+_QUERY_FIELDS = [
+    ("shape", _Shape), ("kv", _PagedKV),
+    ("q", _ptr), ("q_row_stride", _i64), ("q_head_stride", _i64),
+    ("out", _ptr), ("out_row_stride", _i64), ("out_head_stride", _i64),
+    ("lse", _ptr),
+]  # fmt: skip
+
+
+class _Prefill(ctypes.Structure):
+    _fields_ = [
+        *_QUERY_FIELDS,
+        ("query_start_loc", _ptr), ("seq_lens", _ptr),
+        ("block_offsets", _ptr), ("blocks", _ptr), ("column_offsets", _ptr), ("columns", _ptr),
+    ]  # fmt: skip
+
+
+class _Decode(ctypes.Structure):
+    _fields_ = [*_QUERY_FIELDS, ("seq_lens", _ptr)]
+
+
+@cache
+def _library() -> ctypes.CDLL | str:
+    """The loaded extension, or why there is none."""
+    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    if not found:
+        return (
+            "it was not built; reinstall vllm-sparse where a C++17 compiler is installed "
+            "(Debian: g++) to build it"
+        )
+    try:
+        library = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        return f"it does not load: {error}; reinstall vllm-sparse to build it for this machine"
+    library.vllm_sparse_isa.restype = ctypes.c_char_p
+    library.vllm_sparse_set_isa.argtypes = [ctypes.c_char_p]
+    library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
+    library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
+    library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
+    return library
+
+
+@cache
+def _native() -> ctypes.CDLL | None:
+    library = _library()
+    if isinstance(library, str):
+        logger.warning(
+            "The native CPU kernels are missing (%s). Plain torch runs instead, "
+            "right but many times slower.",
+            library,
+        )
+        return None
+    return library
+
+
+def native_error() -> str | None:
+    """Why the native extension is not used, or None when it is."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def isa() -> str:
+    """Instruction set of the kernels: "avx512", "avx2", "generic", or "torch" without them."""
+    library = _library()
+    return "torch" if isinstance(library, str) else library.vllm_sparse_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Use the kernels of one instruction set, "" for the best; for tests and benchmarks.
+
+    Raises:
+        ValueError: this CPU or build does not have it.
+    """
+    library = _library()
+    if isinstance(library, str) or library.vllm_sparse_set_isa(name.encode()) != 0:
+        raise ValueError(
+            f"set_isa: {name!r} is not available here; use 'generic', 'avx2' or 'avx512', "
+            "and no wider one than this CPU has"
+        )
+
+
+def set_threads(count: int, cpu_ids: Sequence[int] | None = None) -> None:
+    """Size the kernels' thread pool; the calling thread is the first of its threads.
+
+    Args:
+        count: threads in all, at least 1.
+        cpu_ids: the CPU of each thread (the first entry, the caller's, is left alone);
+            None leaves them where the scheduler puts them.
+    """
+    if count < 1 or (cpu_ids is not None and len(cpu_ids) < count):
+        raise ValueError(
+            f"set_threads: got count={count}, cpu_ids={cpu_ids}; give a count of at least 1 and, "
+            "if any, one CPU id for each thread"
+        )
+    library = _native()
+    if library is None:
+        return
+    cpus = None if cpu_ids is None else (ctypes.c_int * count)(*cpu_ids[:count])
+    if library.vllm_sparse_set_threads(count, cpus) != 0:
+        raise RuntimeError(f"set_threads: the system refused to start {count} threads")
+
+
+def num_threads() -> int:
+    """Threads of the kernels' pool, the calling one included."""
+    library = _library()
+    return 1 if isinstance(library, str) else library.vllm_sparse_num_threads()
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """See `reference.write_kv`; torch's index_put is at memory speed already."""
+    reference.write_kv(key, value, k_cache, v_cache, slot_mapping)
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    indices: BlockIndices | None,
+    *,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.sparse_prefill`: same arguments, same meaning."""
+    library = _native()
+    if library is None:
+        return reference.sparse_prefill(
+            q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
+            scale=scale, out=out,
+        )  # fmt: skip
+    args = _Prefill()
+    out, lse, keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
+    starts = _int32("query_start_loc", query_start_loc)
+    if starts.numel() != args.shape.num_seqs + 1:
+        raise ValueError(
+            f"query_start_loc: got {starts.numel()} entries for {args.shape.num_seqs} sequences; "
+            "it needs one more than there are sequences"
+        )
+    args.query_start_loc = starts.data_ptr()
+    if indices is not None:
+        if indices.num_heads != q.shape[1]:
+            raise ValueError(
+                f"indices: made for {indices.num_heads} query heads, q has {q.shape[1]}; "
+                "plan with the same heads"
+            )
+        lists = [indices.block_offsets, indices.blocks, indices.column_offsets, indices.columns]
+        lists = [_int32("indices", x) for x in lists]
+        args.block_offsets, args.blocks, args.column_offsets, args.columns = (
+            # An empty tensor has no address; the kernel tells dense from sparse by the address.
+            x.data_ptr() or lists[0].data_ptr()
+            for x in lists
+        )
+        keep += lists
+    _check(library.vllm_sparse_prefill(ctypes.byref(args)), "sparse_prefill")
+    return out, lse
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.paged_decode`: same arguments, same meaning."""
+    library = _native()
+    if library is None:
+        return reference.paged_decode(
+            q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out
+        )
+    args = _Decode()
+    out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
+    _check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
+    return out, lse
+
+
+def _fill(
+    args: _Prefill | _Decode,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Check and enter what prefill and decode share; what is returned last must outlive the call."""
+    heads, head_size = q.shape[1:]
+    kv_heads = k_cache.shape[1]
+    if q.dtype not in _DTYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+        raise ValueError(
+            f"dtypes: got q {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}; "
+            f"give one of {', '.join(map(str, _DTYPES))} for all three"
+        )
+    if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_size:
+        raise ValueError(
+            f"caches: got k {tuple(k_cache.shape)}, v {tuple(v_cache.shape)} for head size "
+            f"{head_size}; both must be [pages, kv_heads, page, {head_size}]"
+        )
+    if heads % kv_heads or head_size % 16:
+        raise ValueError(
+            f"heads: got {heads} query heads, {kv_heads} KV heads, head size {head_size}; query "
+            "heads must be a multiple of KV heads and the head size a multiple of 16"
+        )
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(
+            f"out: got {tuple(out.shape)} {out.dtype}, it must be {tuple(q.shape)} {q.dtype}"
+        )
+    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: the last dimension has stride {tensor.stride(-1)}; it must be 1 "
+                "(use .contiguous())"
+            )
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: is on {tensor.device}; these kernels take CPU tensors")
+    lse = torch.empty(q.shape[:2], dtype=torch.float32)
+    table, lens = _int32("block_table", block_table), _int32("seq_lens", seq_lens)
+    args.shape = _Shape(_DTYPES[q.dtype], lens.numel(), heads, kv_heads, head_size, scale)
+    args.kv = _PagedKV(
+        k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
+        table.data_ptr(), table.stride(0), k_cache.shape[2], k_cache.shape[0],
+    )  # fmt: skip
+    args.q, args.q_row_stride, args.q_head_stride = q.data_ptr(), q.stride(0), q.stride(1)
+    args.out, args.out_row_stride, args.out_head_stride = (
+        out.data_ptr(), out.stride(0), out.stride(1),
+    )  # fmt: skip
+    args.lse = lse.data_ptr()
+    args.seq_lens = lens.data_ptr()
+    return out, lse, [table, lens]
+
+
+def _int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype != torch.int32 or tensor.device.type != "cpu":
+        raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}; give int32 on the CPU")
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _check(code: int, name: str) -> None:
+    if code != 0:
+        raise MemoryError(f"{name}: out of memory for the kernel's scratch buffers")

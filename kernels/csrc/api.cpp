@@ -1,0 +1,139 @@
+// The C interface that kernels/cpu.py loads with ctypes. Arguments were checked there.
+#include <atomic>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "attention.h"
+#include "thread_pool.h"
+
+#define VLLM_SPARSE_API extern "C" __attribute__((visibility("default")))
+
+namespace vllm_sparse {
+namespace {
+
+const Kernels* best_kernels() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return avx512_kernels();
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
+#endif
+  return generic_kernels();
+}
+
+std::atomic<const Kernels*> g_kernels{nullptr};
+
+const Kernels* kernels() {
+  const Kernels* chosen = g_kernels.load();
+  if (chosen == nullptr) g_kernels.store(chosen = best_kernels());
+  return chosen;
+}
+
+constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
+
+}  // namespace
+}  // namespace vllm_sparse
+
+using namespace vllm_sparse;
+
+VLLM_SPARSE_API const char* vllm_sparse_isa() { return kernels()->name; }
+
+// Chooses an instruction set by name, "" for the best one. 0 on success; for tests and benchmarks.
+VLLM_SPARSE_API int vllm_sparse_set_isa(const char* name) {
+  const Kernels* best = best_kernels();
+  const Kernels* known[] = {best, generic_kernels(),
+#if defined(__x86_64__)
+                            std::strcmp(best->name, "avx512") == 0 ? avx2_kernels() : nullptr
+#endif
+  };
+  for (const Kernels* k : known) {
+    if (k != nullptr && (*name == '\0' || std::strcmp(k->name, name) == 0)) {
+      g_kernels.store(k);
+      return 0;
+    }
+  }
+  return 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_set_threads(int count, const int* cpus) {
+  try {
+    set_threads(count, cpus);
+    return 0;
+  } catch (...) {  // no exception may cross into Python
+    return 1;
+  }
+}
+
+VLLM_SPARSE_API int vllm_sparse_num_threads() { return num_threads(); }
+
+// 0 on success, 1 when memory ran out.
+VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
+  try {
+    const Prefill& a = *args;
+    const Kernels* k = kernels();
+    std::vector<TileWork> work;
+    int64_t tile = 0;
+    for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
+      const int64_t rows = a.query_start_loc[s + 1] - a.query_start_loc[s];
+      for (int64_t t = 0; t * kTile < rows; ++t, ++tile) {
+        for (int64_t h = 0; h < a.shape.num_heads; ++h) {
+          work.push_back({s, t, tile * a.shape.num_heads + h, h});
+        }
+      }
+    }
+    const auto run = [&](int64_t i, float* scratch) { k->prefill_tile(a, work[i], scratch); };
+    return parallel_for(work.size(), k->prefill_scratch(a.shape), run) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// 0 on success, 1 when memory ran out.
+VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
+  try {
+    const Decode& a = *args;
+    const Kernels* k = kernels();
+    const Shape& shape = a.shape;
+    const int64_t group = shape.num_heads / shape.num_kv_heads;
+    const int64_t threads = num_threads();
+    int64_t keys = 0;
+    for (int64_t s = 0; s < shape.num_seqs; ++s) keys += a.seq_lens[s];
+    // About four pieces of work a thread, so that the last to finish is not far behind.
+    int64_t split = keys * shape.num_kv_heads / (4 * threads) + 1;
+    if (threads == 1) split = INT64_MAX / 2;
+    if (split < kMinSplit) split = kMinSplit;
+
+    std::vector<SplitWork> work;
+    std::vector<int64_t> first_part;  // of each (sequence, KV head)
+    for (int64_t s = 0; s < shape.num_seqs; ++s) {
+      for (int64_t h = 0; h < shape.num_kv_heads; ++h) {
+        first_part.push_back(work.size());
+        for (int64_t n = 0; n < a.seq_lens[s]; n += split) {
+          const int64_t last = n + split < a.seq_lens[s] ? n + split : a.seq_lens[s];
+          work.push_back({s, h, n, last, nullptr, nullptr});
+        }
+      }
+    }
+    first_part.push_back(work.size());
+    std::vector<float> out(work.size() * group * shape.head_size);
+    std::vector<float> lse(work.size() * group);
+    for (size_t i = 0; i < work.size(); ++i) {
+      work[i].out = out.data() + i * group * shape.head_size;
+      work[i].lse = lse.data() + i * group;
+    }
+    const auto run = [&](int64_t i, float* scratch) { k->decode_split(a, work[i], scratch); };
+    if (!parallel_for(work.size(), k->decode_scratch(shape), run)) return 1;
+    for (int64_t i = 0; i + 1 < static_cast<int64_t>(first_part.size()); ++i) {
+      const int64_t part = first_part[i];
+      k->decode_merge(a, i / shape.num_kv_heads, i % shape.num_kv_heads,
+                      out.data() + part * group * shape.head_size, lse.data() + part * group,
+                      first_part[i + 1] - part);
+    }
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}

@@ -1,0 +1,91 @@
+// What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllm_sparse {
+
+constexpr int kTile = 64;   // query rows of a tile
+constexpr int kBlock = 64;  // keys of a block
+
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Paged keys and values of one layer. Strides count elements, so any layout vLLM chooses works.
+struct PagedKV {
+  const void* k;
+  const void* v;
+  int64_t k_page_stride, k_head_stride, k_row_stride;
+  int64_t v_page_stride, v_head_stride, v_row_stride;
+  const int32_t* block_table;  // [num_seqs, table_stride]
+  int64_t table_stride;
+  int64_t page_size;
+  int64_t num_pages;
+};
+
+struct Shape {
+  int64_t dtype;
+  int64_t num_seqs, num_heads, num_kv_heads, head_size;
+  float scale;
+};
+
+struct Prefill {
+  Shape shape;
+  PagedKV kv;
+  const void* q;
+  int64_t q_row_stride, q_head_stride;
+  void* out;
+  int64_t out_row_stride, out_head_stride;
+  float* lse;  // [T, H], contiguous
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  // All null for dense attention.
+  const int32_t* block_offsets;
+  const int32_t* blocks;
+  const int32_t* column_offsets;
+  const int32_t* columns;
+};
+
+struct Decode {
+  Shape shape;
+  PagedKV kv;
+  const void* q;
+  int64_t q_row_stride, q_head_stride;
+  void* out;
+  int64_t out_row_stride, out_head_stride;
+  float* lse;  // [S, H], contiguous
+  const int32_t* seq_lens;
+};
+
+// One query tile of one head: the unit of work of prefill.
+struct TileWork {
+  int64_t seq, tile_in_seq, list_row, head;
+};
+
+// A range of one sequence's keys for the query heads of one KV head: the unit of work of decode.
+// Partial results are fp32: out [G, D], lse [G].
+struct SplitWork {
+  int64_t seq, kv_head, first_key, last_key;
+  float* out;
+  float* lse;
+};
+
+// The kernels of one instruction set. Scratch is per thread, 64-byte aligned, counted in floats.
+struct Kernels {
+  const char* name;
+  size_t (*prefill_scratch)(const Shape&);
+  void (*prefill_tile)(const Prefill&, const TileWork&, float* scratch);
+  size_t (*decode_scratch)(const Shape&);
+  void (*decode_split)(const Decode&, const SplitWork&, float* scratch);
+  // Joins `parts` partial results [parts, G, D] / [parts, G] into the output rows of a KV head.
+  void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, const float* out,
+                       const float* lse, int64_t parts);
+};
+
+const Kernels* generic_kernels();
+#if defined(__x86_64__)
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+#endif
+
+}  // namespace vllm_sparse

@@ -1,0 +1,171 @@
+"""What every kernel means: plain fp32 torch, one query tile at a time.
+
+Also what runs where the native extension could not be built, so it is careful about correctness
+and indifferent to speed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> None:
+    """Store new keys and values in the paged cache.
+
+    Args:
+        key, value: [T, Hkv, D]; rows beyond the slot mapping are padding.
+        k_cache, v_cache: [num_pages, Hkv, page, D], written in place.
+        slot_mapping: int64 [T' <= T]; slot = page index * page + offset, negative: do not store.
+    """
+    keep = slot_mapping >= 0
+    slots = slot_mapping[keep]
+    page = k_cache.shape[2]
+    index = (slots // page, slice(None), slots % page)
+    k_cache[index] = key[: slot_mapping.numel()][keep]
+    v_cache[index] = value[: slot_mapping.numel()][keep]
+
+
+def gather_keys(k_cache: torch.Tensor, block_table_row: torch.Tensor, length: int) -> torch.Tensor:
+    """One sequence's first `length` rows of a paged cache: [Hkv, length, D], cache dtype."""
+    page = k_cache.shape[2]
+    pages = block_table_row[: -(-length // page)].long()
+    rows = k_cache[pages].transpose(0, 1)  # [Hkv, pages, page, D]
+    return rows.reshape(k_cache.shape[1], -1, k_cache.shape[3])[:, :length].contiguous()
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one head over given keys, in fp32.
+
+    Args:
+        q: [M, D]; k, v: [N, D]; mask: bool [M, N], True where a query sees a key.
+
+    Returns:
+        out [M, D] and lse [M] (natural logarithm). A query that sees nothing: out 0, lse -inf.
+    """
+    scores = (q.float() @ k.float().T) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    p = torch.exp(scores - lse[:, None].masked_fill(lse[:, None].isinf(), 0.0))
+    return p @ v.float(), lse
+
+
+def merge(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join two partial results over disjoint keys: out [..., D], lse [...] fp32."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    top = lse.masked_fill(lse.isinf(), 0.0)
+    weight_a = torch.exp(lse_a - top).unsqueeze(-1)
+    weight_b = torch.exp(lse_b - top).unsqueeze(-1)
+    return (weight_a * out_a.float() + weight_b * out_b.float()).to(out_a.dtype), lse
+
+
+def sparse_prefill(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    indices: BlockIndices | None,
+    *,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of each sequence's new queries over the selected cached keys.
+
+    The keys of the chunk itself must be in the cache already. Query `i` of a sequence with `n`
+    keys and `m` new queries stands at position `n - m + i` and sees keys up to itself.
+
+    Args:
+        q: [T, H, D], the sequences after another.
+        k_cache, v_cache: [num_pages, Hkv, page, D]; H is a multiple of Hkv.
+        block_table: int32 [S, P], the pages of each sequence.
+        query_start_loc: int32 [S + 1], first row of each sequence in q.
+        seq_lens: int32 [S], keys of each sequence, its new ones included.
+        indices: what each query tile reads; None for every causal key.
+        scale: factor on the logits.
+        out: [T, H, D], written in place where given.
+
+    Returns:
+        out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf where nothing is selected.
+    """
+    heads, group = q.shape[1], q.shape[1] // k_cache.shape[1]
+    out = torch.empty_like(q) if out is None else out
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    starts = query_start_loc.tolist()
+    tile0 = 0
+    for s, seq_len in enumerate(seq_lens.tolist()):
+        begin, end = starts[s], starts[s + 1]
+        k = gather_keys(k_cache, block_table[s], seq_len)
+        v = gather_keys(v_cache, block_table[s], seq_len)
+        for tile in range(num_tiles(end - begin)):
+            rows = slice(begin + tile * TILE, min(begin + (tile + 1) * TILE, end))
+            position = torch.arange(rows.start, rows.stop, device=q.device) - end + seq_len
+            for head in range(heads):
+                keys = _selected(indices, (tile0 + tile) * heads + head, seq_len, q.device)
+                mask = keys[None, :] <= position[:, None]
+                kv = head // group
+                o, e = attend(q[rows, head], k[kv][keys], v[kv][keys], mask, scale)
+                out[rows, head] = o.to(out.dtype)
+                lse[rows, head] = e
+        tile0 += num_tiles(end - begin)
+    return out, lse
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention of one query per sequence over all its cached keys.
+
+    Args:
+        q: [S, H, D]; k_cache, v_cache: [num_pages, Hkv, page, D].
+        block_table: int32 [S, P]; seq_lens: int32 [S], may be 0.
+
+    Returns:
+        out [S, H, D] in q's dtype, lse [S, H] fp32; 0 and -inf for a sequence without keys.
+    """
+    group = q.shape[1] // k_cache.shape[1]
+    out = torch.empty_like(q) if out is None else out
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    for s, seq_len in enumerate(seq_lens.tolist()):
+        k = gather_keys(k_cache, block_table[s], seq_len)
+        v = gather_keys(v_cache, block_table[s], seq_len)
+        for head in range(q.shape[1]):
+            o, e = attend(q[s, head][None], k[head // group], v[head // group], None, scale)
+            out[s, head] = o[0].to(out.dtype)
+            lse[s, head] = e[0]
+    return out, lse
+
+
+def _selected(
+    indices: BlockIndices | None, row: int, seq_len: int, device: torch.device
+) -> torch.Tensor:
+    """int64 positions that list row `row` selects, within the sequence."""
+    if indices is None:
+        return torch.arange(seq_len, device=device)
+    first, last = indices.block_offsets[row : row + 2].tolist()
+    blocks = indices.blocks[first:last].long()
+    blocks = blocks[(blocks >= 0) & (blocks * BLOCK < seq_len)]
+    keys = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
+    first, last = indices.column_offsets[row : row + 2].tolist()
+    keys = torch.cat([keys, indices.columns[first:last].long()])
+    return keys[(keys >= 0) & (keys < seq_len)]

