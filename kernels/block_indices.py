@@ -1,4 +1,4 @@
-"""BlockIndices: which keys each query tile reads. Planners return it, prefill kernels consume it."""
+"""BlockIndices: which keys each query tile reads. Planners return it, kernels consume it."""
 
 from __future__ import annotations
 

@@ -233,7 +233,7 @@ def _fill(
     scale: float,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Check and enter what prefill and decode share; what is returned last must outlive the call."""
+    """Check and enter what both kernels share; what is returned last must outlive the call."""
     heads, head_size = q.shape[1:]
     kv_heads = k_cache.shape[1]
     if q.dtype not in _DTYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:

@@ -187,7 +187,7 @@ def test_wrong_arguments_are_named(change, names):
 
 def test_indices_of_other_heads_are_refused():
     case = make_case([20], [50])
-    with pytest.raises(ValueError, match="planned|made for 2"):
+    with pytest.raises(ValueError, match="made for 2 query heads"):
         cpu.sparse_prefill(
             *case.args, BlockIndices.everything([20], [50], num_heads=2), scale=case.scale
         )

@@ -1,0 +1,146 @@
+// A vector of kLanes floats, its exp, and the storage types it converts from and to.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "attention.h"
+
+namespace vllm_sparse {
+namespace {
+
+constexpr int kLanes = VLLM_SPARSE_LANES;
+constexpr int kKeys = VLLM_SPARSE_KEYS;
+constexpr int kVecs = VLLM_SPARSE_VECS;
+constexpr int kDims = 4;  // rows of the output tile that the value kernel keeps in registers
+constexpr int kStrip = 16;  // head sizes are multiples of it
+constexpr int kVectors = kTile / kLanes;
+constexpr float kInf = std::numeric_limits<float>::infinity();
+static_assert(kVectors % kVecs == 0, "the accumulators must tile the query tile");
+
+typedef float Vec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(kLanes * 4), may_alias));
+typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2), may_alias));
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+inline Vec splat(float x) { return Vec{} + x; }
+inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
+inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp for x <= 0 (and a little above), 0 below -87.3 and for -inf; relative error below 2e-7.
+inline Vec exp(Vec x) {
+  const Vec lowest = splat(-87.3f);
+  const IVec vanishes = x < lowest;
+  x = select(vanishes, lowest, x);
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);  // Cephes' expf polynomial
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  IVec bits;
+  std::memcpy(&bits, &shifted, sizeof(bits));
+  bits <<= 23;  // the integer sits in the low mantissa bits
+  IVec result;
+  std::memcpy(&result, &p, sizeof(result));
+  result += bits;
+  Vec y;
+  std::memcpy(&y, &result, sizeof(y));
+  return select(vanishes, Vec{}, y);
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+inline uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Float16 x) {
+  // Rebias by a multiplication, which also normalises subnormals.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  float y = bits_to_float(magnitude) * 0x1p112f;
+  if ((x.bits & 0x7c00) == 0x7c00) y = bits_to_float(magnitude | 0x7f800000);
+  return bits_to_float(float_to_bits(y) | static_cast<uint32_t>(x.bits & 0x8000) << 16);
+}
+
+inline void from_float(float x, float* out) { *out = x; }
+inline void from_float(float x, BFloat16* out) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  out->bits = static_cast<uint16_t>((x != x ? bits | 0x400000 : rounded) >> 16);
+}
+inline void from_float(float x, Float16* out) {
+  const uint32_t bits = float_to_bits(x);
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds beyond the largest finite half
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal: let the float adder do the rounding
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+// kLanes stored numbers as fp32, whatever their alignment.
+inline UVec load_bits(const void* p) {
+  HalfVec bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return __builtin_convertvector(bits, UVec);
+}
+inline Vec as_floats(UVec bits) {
+  Vec v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+inline Vec load_row(const float* p) { return load(p); }
+inline Vec load_row(const BFloat16* p) { return as_floats(load_bits(p) << 16); }
+inline Vec load_row(const Float16* p) {
+  const UVec bits = load_bits(p);
+  const UVec magnitude = (bits & 0x7fff) << 13;
+  UVec y;
+  const Vec scaled = as_floats(magnitude) * 0x1p112f;
+  std::memcpy(&y, &scaled, sizeof(y));
+  const UVec special = magnitude | 0x7f800000;
+  const UVec is_special = (bits & 0x7c00) == 0x7c00;
+  y = (y & ~is_special) | (special & is_special);
+  return as_floats(y | (bits & 0x8000) << 16);
+}
+
+template <class T>
+inline void convert_row(const T* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; i += kLanes) store(to + i, load_row(from + i));
+}
+
+}  // namespace
+}  // namespace vllm_sparse
