@@ -13,19 +13,21 @@ ROOT = Path(__file__).parent
 CSRC = "kernels/csrc"
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+AVX512 = [
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
+    "-mprefer-vector-width=512",
+]  # fmt: skip
 # One source per instruction set: each is compiled with its own flags and chosen at run time,
 # so that one wheel serves every CPU of an architecture.
 ISA_FLAGS = {
     f"{CSRC}/attention_generic.cpp": [],
     f"{CSRC}/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    f"{CSRC}/attention_avx512.cpp": [
-        "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c",
-        "-mprefer-vector-width=512",
-    ],
+    f"{CSRC}/attention_avx512.cpp": AVX512,
+    f"{CSRC}/attention_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }  # fmt: skip
 SOURCES = [f"{CSRC}/api.cpp", f"{CSRC}/thread_pool.cpp", f"{CSRC}/attention_generic.cpp"]
 if X86:
-    SOURCES += [f"{CSRC}/attention_avx2.cpp", f"{CSRC}/attention_avx512.cpp"]
+    SOURCES += [f"{CSRC}/attention_{isa}.cpp" for isa in ("avx2", "avx512", "amx")]
 
 
 class BuildKernels(build_ext):

@@ -98,7 +98,7 @@ def native_error() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set of the kernels: "avx512", "avx2", "generic", or "torch" without them."""
+    """Instruction set of the kernels: amx, avx512, avx2, generic; torch without the extension."""
     library = _library()
     return "torch" if isinstance(library, str) else library.vllm_sparse_isa().decode()
 
@@ -112,7 +112,7 @@ def set_isa(name: str) -> None:
     library = _library()
     if isinstance(library, str) or library.vllm_sparse_set_isa(name.encode()) != 0:
         raise ValueError(
-            f"set_isa: {name!r} is not available here; use 'generic', 'avx2' or 'avx512', "
+            f"set_isa: {name!r} is not available here; use 'generic', 'avx2', 'avx512' or 'amx', "
             "and no wider one than this CPU has"
         )
 

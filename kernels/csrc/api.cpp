@@ -4,6 +4,14 @@
 #include <new>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "attention.h"
 #include "thread_pool.h"
 
@@ -12,24 +20,50 @@
 namespace vllm_sparse {
 namespace {
 
-const Kernels* best_kernels() {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512_kernels();
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2_kernels();
+// Tiles must be asked for, once a process: Linux saves their 8 KiB only for who uses them.
+bool have_amx() {
+#if defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const bool tiles_and_bf16 = (d >> 24 & 1) && (d >> 22 & 1);
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return tiles_and_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
-  return generic_kernels();
+}
+#endif
+
+// The kernels that this CPU runs, the best first; ends with null.
+const Kernels* const* available() {
+  static const Kernels* found[5] = {};
+  static const bool once = [] {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+      if (have_amx()) found[n++] = amx_kernels();
+      found[n++] = avx512_kernels();
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      found[n++] = avx2_kernels();
+    }
+#endif
+    found[n++] = generic_kernels();
+    return true;
+  }();
+  (void)once;
+  return found;
 }
 
 std::atomic<const Kernels*> g_kernels{nullptr};
 
 const Kernels* kernels() {
   const Kernels* chosen = g_kernels.load();
-  if (chosen == nullptr) g_kernels.store(chosen = best_kernels());
-  return chosen;
+  return chosen != nullptr ? chosen : available()[0];
 }
 
 constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
@@ -43,15 +77,9 @@ VLLM_SPARSE_API const char* vllm_sparse_isa() { return kernels()->name; }
 
 // Chooses an instruction set by name, "" for the best one. 0 on success; for tests and benchmarks.
 VLLM_SPARSE_API int vllm_sparse_set_isa(const char* name) {
-  const Kernels* best = best_kernels();
-  const Kernels* known[] = {best, generic_kernels(),
-#if defined(__x86_64__)
-                            std::strcmp(best->name, "avx512") == 0 ? avx2_kernels() : nullptr
-#endif
-  };
-  for (const Kernels* k : known) {
-    if (k != nullptr && (*name == '\0' || std::strcmp(k->name, name) == 0)) {
-      g_kernels.store(k);
+  for (const Kernels* const* k = available(); *k != nullptr; ++k) {
+    if (*name == '\0' || std::strcmp((*k)->name, name) == 0) {
+      g_kernels.store(*k);
       return 0;
     }
   }
@@ -75,11 +103,13 @@ VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
     const Prefill& a = *args;
     const Kernels* k = kernels();
     std::vector<TileWork> work;
+    const int64_t heads_at_once =
+        k->heads_together(a.shape) ? a.shape.num_heads / a.shape.num_kv_heads : 1;
     int64_t tile = 0;
     for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
       const int64_t rows = a.query_start_loc[s + 1] - a.query_start_loc[s];
       for (int64_t t = 0; t * kTile < rows; ++t, ++tile) {
-        for (int64_t h = 0; h < a.shape.num_heads; ++h) {
+        for (int64_t h = 0; h < a.shape.num_heads; h += heads_at_once) {
           work.push_back({s, t, tile * a.shape.num_heads + h, h});
         }
       }

@@ -57,7 +57,8 @@ struct Decode {
   const int32_t* seq_lens;
 };
 
-// One query tile of one head: the unit of work of prefill.
+// One query tile of one head: the unit of work of prefill. Where kernels take the query heads of a
+// KV head together, `head` and `list_row` are of the first of them.
 struct TileWork {
   int64_t seq, tile_in_seq, list_row, head;
 };
@@ -73,6 +74,7 @@ struct SplitWork {
 // The kernels of one instruction set. Scratch is per thread, 64-byte aligned, counted in floats.
 struct Kernels {
   const char* name;
+  bool (*heads_together)(const Shape&);  // whether a TileWork is all query heads of a KV head
   size_t (*prefill_scratch)(const Shape&);
   void (*prefill_tile)(const Prefill&, const TileWork&, float* scratch);
   size_t (*decode_scratch)(const Shape&);
@@ -86,6 +88,7 @@ const Kernels* generic_kernels();
 #if defined(__x86_64__)
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* amx_kernels();
 #endif
 
 }  // namespace vllm_sparse

@@ -44,8 +44,10 @@ void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, const float
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           prefill_scratch,  prefill_tile_any,
-          decode_scratch, decode_split_any, decode_merge_any};
+  return {name,           [](const Shape&) { return false; },
+          prefill_scratch, prefill_tile_any,
+          decode_scratch,  decode_split_any,
+          decode_merge_any};
 }
 
 }  // namespace

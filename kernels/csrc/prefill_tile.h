@@ -6,11 +6,10 @@
 // column costs what a key of a whole block costs (1.07 of it, measured).
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "rows.h"
-#include "vec.h"
+#include "softmax_tile.h"
 
 namespace vllm_sparse {
 namespace {
@@ -18,17 +17,14 @@ namespace {
 constexpr int kScoreRows = (kBlock + kKeys - 1) / kKeys * kKeys;  // the last group may be padded
 
 // State of one query tile of one head, in scratch memory.
-struct TileState {
+struct TileState : SoftmaxTile {
   float* q;       // [D, 64], scaled
-  float* out;     // [D, 64], not normalised
-  float* scores;  // [kScoreRows, 64]
-  float* top;     // [64] running maximum
-  float* sum;     // [64] running denominator
   float* values;  // [D / 16, 64, 16] the block's values in fp32
   float* keys;    // [64, D] the block's keys in fp32; unused where the cache is fp32
-  int64_t head_size;
 
-  TileState(float* scratch, int64_t head_size) : head_size(head_size) {
+  TileState(float* scratch, int64_t head_size_) {
+    head_size = head_size_;
+    scale = 1.0f;
     q = scratch;
     out = q + head_size * kTile;
     scores = out + head_size * kTile;
@@ -129,60 +125,6 @@ inline void accumulate(const TileState& s, int count, const Ahead& next_keys) {
   }
 }
 
-// Hides keys[n] from the queries that stand before it. position[n] is relative to the first query.
-inline void mask_causal(const TileState& s, const int64_t* position, int count) {
-  IVec lane0;
-  for (int i = 0; i < kLanes; ++i) lane0[i] = i;
-  for (int n = 0; n < count; ++n) {
-    if (position[n] <= 0) continue;
-    const int32_t p = static_cast<int32_t>(position[n]);
-    for (int c = 0; c < kVectors; ++c) {
-      float* score = s.scores + n * kTile + c * kLanes;
-      const IVec sees = (lane0 + c * kLanes) >= p;
-      store(score, select(sees, load(score), splat(-kInf)));
-    }
-  }
-}
-
-// Turns scores into probabilities against the running maximum, rescaling what came before.
-inline void softmax_step(const TileState& s, int count) {
-  for (int c = 0; c < kVectors; ++c) {
-    float* scores = s.scores + c * kLanes;
-    Vec highest = load(scores);
-    for (int n = 1; n < count; ++n) highest = max(highest, load(scores + n * kTile));
-    const Vec before = load(s.top + c * kLanes);
-    const Vec top = max(before, highest);
-    // A query that has seen nothing yet has top = -inf; subtracting 0 keeps its scores at -inf.
-    const Vec base = select(top == -kInf, Vec{}, top);
-    Vec sum = Vec{};
-    for (int n = 0; n < count; ++n) {
-      const Vec p = exp(load(scores + n * kTile) - base);
-      store(scores + n * kTile, p);
-      sum += p;
-    }
-    const IVec grew = top > before;
-    bool any = false;
-    for (int i = 0; i < kLanes; ++i) any |= grew[i] != 0;
-    Vec total = load(s.sum + c * kLanes);
-    if (any) {
-      const Vec shrink = exp(before - base);
-      total *= shrink;
-      float* out = s.out + c * kLanes;
-      for (int64_t d = 0; d < s.head_size; ++d) store(out + d * kTile, load(out + d * kTile) * shrink);
-      store(s.top + c * kLanes, top);
-    }
-    store(s.sum + c * kLanes, total + sum);
-  }
-}
-
-// Up to 64 keys of the sequence.
-struct Keys {
-  int64_t position[kBlock];
-  int count = 0;
-
-  void add(int64_t key) { position[count++] = key; }
-};
-
 // Attends the tile, whose first query stands at `first_query`, to some keys. `next` are the keys
 // that come after these, if any: they are fetched ahead.
 template <class T>
@@ -216,88 +158,37 @@ inline void attend(const TileState& s, const Rows<T>& rows, const Keys& keys, co
   accumulate(s, keys.count, next_keys);
 }
 
-// Hands out a tile's selection, at most 64 keys at a time: its blocks, then its columns.
-class Selection {
- public:
-  Selection(const Prefill& a, const TileWork& w, int64_t last_query) : last_query_(last_query) {
-    if (a.blocks == nullptr) {
-      blocks_left_ = last_query / kBlock + 1;
-      return;
-    }
-    blocks_ = a.blocks + a.block_offsets[w.list_row];
-    blocks_left_ = a.block_offsets[w.list_row + 1] - a.block_offsets[w.list_row];
-    columns_ = a.columns + a.column_offsets[w.list_row];
-    columns_left_ = a.column_offsets[w.list_row + 1] - a.column_offsets[w.list_row];
-  }
-
-  // Leaves keys.count at 0 when there is nothing more.
-  void next(Keys& keys) {
-    keys.count = 0;
-    while (blocks_left_ > 0 && keys.count == 0) {
-      --blocks_left_;
-      const int64_t block = blocks_ == nullptr ? dense_block_++ : *blocks_++;
-      if (block < 0) continue;
-      const int64_t end = (block + 1) * kBlock;
-      for (int64_t key = block * kBlock; key < end && key <= last_query_; ++key) keys.add(key);
-    }
-    if (keys.count > 0) return;
-    while (columns_left_ > 0 && keys.count < kBlock) {
-      --columns_left_;
-      const int64_t column = *columns_++;
-      if (column >= 0 && column <= last_query_) keys.add(column);
-    }
-  }
-
- private:
-  const int64_t last_query_;
-  const int32_t* blocks_ = nullptr;
-  const int32_t* columns_ = nullptr;
-  int64_t blocks_left_ = 0;
-  int64_t columns_left_ = 0;
-  int64_t dense_block_ = 0;
-};
-
 template <class T>
 void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
-  const int64_t begin = a.query_start_loc[w.seq] + w.tile_in_seq * kTile;
-  const int64_t end = a.query_start_loc[w.seq + 1];
-  const int rows_in_tile = static_cast<int>(end - begin < kTile ? end - begin : kTile);
-  const int64_t first_query = a.seq_lens[w.seq] - (end - begin);
-  const int64_t last_query = first_query + rows_in_tile - 1;
+  const TilePlace place(a, w);
   const TileState s(scratch, head_size);
   const Rows<T> rows(a.kv, w.seq, w.head / (shape.num_heads / shape.num_kv_heads));
 
-  const T* q = static_cast<const T*>(a.q) + begin * a.q_row_stride + w.head * a.q_head_stride;
+  const T* q = static_cast<const T*>(a.q) + place.begin * a.q_row_stride + w.head * a.q_head_stride;
   for (int64_t d = 0; d < head_size; ++d) {
     for (int r = 0; r < kTile; ++r) {
       s.q[d * kTile + r] =
-          r < rows_in_tile ? to_float(q[r * a.q_row_stride + d]) * shape.scale : 0.0f;
+          r < place.rows ? to_float(q[r * a.q_row_stride + d]) * shape.scale : 0.0f;
     }
   }
-  std::memset(s.out, 0, head_size * kTile * sizeof(float));
-  std::memset(s.sum, 0, kTile * sizeof(float));
-  for (int r = 0; r < kTile; ++r) s.top[r] = -kInf;
+  s.clear();
 
-  Selection selection(a, w, last_query);
+  Selection selection(a, w.list_row, place.last_query);
+  const auto next_keys = [&selection](Keys& keys) {
+    if (selection.block() < 0) return selection.columns(keys);
+    selection.block_keys(selection.block(), keys);
+    selection.advance();
+  };
   Keys now, next;
-  selection.next(now);
+  next_keys(now);
   while (now.count > 0) {
-    selection.next(next);
-    attend(s, rows, now, next, first_query);
+    next_keys(next);
+    attend(s, rows, now, next, place.first_query);
     now = next;
   }
-
-  T* out = static_cast<T*>(a.out) + begin * a.out_row_stride + w.head * a.out_head_stride;
-  for (int r = 0; r < rows_in_tile; ++r) {
-    const float sum = s.sum[r];
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    for (int64_t d = 0; d < head_size; ++d) {
-      from_float(s.out[d * kTile + r] * inverse, out + r * a.out_row_stride + d);
-    }
-    a.lse[(begin + r) * shape.num_heads + w.head] = sum > 0.0f ? s.top[r] + std::log(sum) : -kInf;
-  }
+  write_tile<T>(a, s, place, w.head);
 }
 
 }  // namespace

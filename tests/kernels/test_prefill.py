@@ -15,7 +15,7 @@ def available() -> list[str]:
     if cpu.native_error():
         return []
     names = []
-    for name in ("generic", "avx2", "avx512"):
+    for name in ("generic", "avx2", "avx512", "amx"):
         try:
             cpu.set_isa(name)
         except ValueError:
