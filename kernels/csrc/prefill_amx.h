@@ -272,7 +272,23 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
       keys[i] = reinterpret_cast<const uint16_t*>(rows.key(wanted.position[n]));
     }
     amx_pack_values(values, wanted.count, head_size, block.values);
+    int64_t after = -1;
+    for (const Selection& s : selections) {
+      const int64_t next = s.after(now);
+      if (next >= 0 && (after < 0 || next < after)) after = next;
+    }
+    Keys ahead;
+    if (after >= 0) selections[0].block_keys(after, ahead);
     for (int g = 0; g < group; ++g) {
+      // A share of the next block's rows is fetched beside each head.
+      for (int n = g * kBlock / group; n < (g + 1) * kBlock / group && n < ahead.count; ++n) {
+        const BFloat16* k = rows.key(ahead.position[n]);
+        const BFloat16* v = rows.value(ahead.position[n]);
+        for (int64_t d = 0; d < head_size; d += 32) {
+          __builtin_prefetch(k + d, 0, 2);
+          __builtin_prefetch(v + d, 0, 2);
+        }
+      }
       if (selections[g].block() != now) continue;
       selections[g].advance();
       amx_attend(block, head_of(g), keys, row_bytes, wanted, place.first_query);

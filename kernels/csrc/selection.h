@@ -49,6 +49,14 @@ class Selection {
   // The block at hand; -1 when there is none left.
   int64_t block() const { return block_; }
 
+  // The block that comes after `now`, the one being worked on; -1 when unknown or none.
+  int64_t after(int64_t now) const {
+    if (block_ != now) return block_;
+    if (blocks_left_ < 2) return -1;
+    const int64_t block = blocks_ == nullptr ? dense_block_ + 1 : blocks_[1];
+    return block <= last_block_ ? block : -1;
+  }
+
   void advance() {
     --blocks_left_;
     if (blocks_ != nullptr) ++blocks_; else ++dense_block_;
