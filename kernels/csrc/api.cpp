@@ -103,19 +103,31 @@ VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
     const Prefill& a = *args;
     const Kernels* k = kernels();
     std::vector<TileWork> work;
-    const int64_t heads_at_once =
-        k->heads_together(a.shape) ? a.shape.num_heads / a.shape.num_kv_heads : 1;
+    const Shape& shape = a.shape;
+    int64_t tiles = 0;
+    for (int64_t s = 0; s < shape.num_seqs; ++s) {
+      tiles += (a.query_start_loc[s + 1] - a.query_start_loc[s] + kTile - 1) / kTile;
+    }
+    // As many heads of a KV head together as leaves each thread about four pieces of work.
+    const int64_t group = shape.num_heads / shape.num_kv_heads;
+    int64_t together = group < kMaxHeads ? group : kMaxHeads;
+    while (together > 1 && tiles * shape.num_heads / together < 4 * num_threads()) {
+      together = (together + 1) / 2;
+    }
     int64_t tile = 0;
-    for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
+    for (int64_t s = 0; s < shape.num_seqs; ++s) {
       const int64_t rows = a.query_start_loc[s + 1] - a.query_start_loc[s];
       for (int64_t t = 0; t * kTile < rows; ++t, ++tile) {
-        for (int64_t h = 0; h < a.shape.num_heads; h += heads_at_once) {
-          work.push_back({s, t, tile * a.shape.num_heads + h, h});
+        for (int64_t h = 0; h < shape.num_heads;) {
+          const int64_t left = group - h % group;
+          const int64_t heads = left < together ? left : together;
+          work.push_back({s, t, tile * shape.num_heads + h, h, static_cast<int>(heads)});
+          h += heads;
         }
       }
     }
     const auto run = [&](int64_t i, float* scratch) { k->prefill_tile(a, work[i], scratch); };
-    return parallel_for(work.size(), k->prefill_scratch(a.shape), run) ? 0 : 1;
+    return parallel_for(work.size(), k->prefill_scratch(shape), run) ? 0 : 1;
   } catch (const std::bad_alloc&) {
     return 1;
   }

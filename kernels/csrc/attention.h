@@ -57,10 +57,15 @@ struct Decode {
   const int32_t* seq_lens;
 };
 
-// One query tile of one head: the unit of work of prefill. Where kernels take the query heads of a
-// KV head together, `head` and `list_row` are of the first of them.
+constexpr int kMaxHeads = 8;  // heads of a TileWork; their tiles stay in the second-level cache
+
+// One query tile of some query heads of one KV head: the unit of work of prefill. The heads are
+// taken together because they share the keys and values they read.
 struct TileWork {
-  int64_t seq, tile_in_seq, list_row, head;
+  int64_t seq, tile_in_seq;
+  int64_t list_row;  // of the first head, in the lists of blocks and columns
+  int64_t head;      // the first head
+  int heads;         // 1 .. kMaxHeads
 };
 
 // A range of one sequence's keys for the query heads of one KV head: the unit of work of decode.
@@ -74,7 +79,6 @@ struct SplitWork {
 // The kernels of one instruction set. Scratch is per thread, 64-byte aligned, counted in floats.
 struct Kernels {
   const char* name;
-  bool (*heads_together)(const Shape&);  // whether a TileWork is all query heads of a KV head
   size_t (*prefill_scratch)(const Shape&);
   void (*prefill_tile)(const Prefill&, const TileWork&, float* scratch);
   size_t (*decode_scratch)(const Shape&);

@@ -1,8 +1,6 @@
 #define VLLM_SPARSE_LANES 16
 #define VLLM_SPARSE_KEYS 6
 #define VLLM_SPARSE_VECS 4
-#include <vector>
-
 #include "prefill_amx.h"
 
 namespace vllm_sparse {
@@ -27,7 +25,6 @@ const Kernels* amx_kernels() {
   static const Kernels kernels = [] {
     Kernels k = *avx512_kernels();
     k.name = "amx";
-    k.heads_together = fits;
     k.prefill_scratch = scratch;
     k.prefill_tile = tile;
     return k;

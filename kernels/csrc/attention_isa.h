@@ -11,7 +11,9 @@
 namespace vllm_sparse {
 namespace {
 
-size_t prefill_scratch(const Shape& shape) { return TileState::floats(shape.head_size); }
+size_t prefill_scratch(const Shape& shape) {
+  return SharedBlock::floats(shape.head_size) + kMaxHeads * TileHead::floats(shape.head_size);
+}
 
 size_t decode_scratch(const Shape& shape) {
   const int64_t group = shape.num_heads / shape.num_kv_heads;
@@ -44,10 +46,8 @@ void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, const float
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           [](const Shape&) { return false; },
-          prefill_scratch, prefill_tile_any,
-          decode_scratch,  decode_split_any,
-          decode_merge_any};
+  return {name,           prefill_scratch,  prefill_tile_any,
+          decode_scratch, decode_split_any, decode_merge_any};
 }
 
 }  // namespace

@@ -66,6 +66,12 @@ struct AmxBlock {
   uint16_t* keys;    // [64, D] gathered columns
   float* scores;     // [64, 64]
 
+  AmxBlock(float* scratch, int64_t head_size) {
+    values = reinterpret_cast<uint16_t*>(scratch);
+    keys = values + kBlock * head_size;
+    p = keys + kBlock * head_size;
+    scores = scratch + kBlock * head_size + kBlock * kTile / 2;
+  }
   static size_t floats(int64_t head_size) {
     return kBlock * head_size + kBlock * kTile / 2 + kBlock * kTile;
   }
@@ -74,6 +80,15 @@ struct AmxBlock {
 struct AmxHead : SoftmaxTile {
   uint16_t* q;  // [D / 32, 4, 16 pairs of dims, 16 queries, 2] Q^T as right operands
 
+  AmxHead(float* scratch, int64_t head_size_, float scale_, float* shared_scores) {
+    head_size = head_size_;
+    scale = scale_;
+    scores = shared_scores;
+    out = scratch;
+    top = out + head_size * kTile;
+    sum = top + kTile;
+    q = reinterpret_cast<uint16_t*>(sum + kTile);
+  }
   static size_t floats(int64_t head_size) {
     return head_size * kTile + 2 * kTile + head_size * kTile / 2;
   }
@@ -216,35 +231,21 @@ inline void amx_attend(const AmxBlock& block, const AmxHead& head, const uint16_
   amx_accumulate(block, wanted.count, head.head_size, head.out);
 }
 
-// One query tile of all query heads of a KV head; `w.head` is the first of them.
+// The same work as `prefill_tile`, in bf16 and for head sizes that are multiples of 32.
 inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
-  const int group = static_cast<int>(shape.num_heads / shape.num_kv_heads);
   const TilePlace place(a, w);
-  const Rows<BFloat16> rows(a.kv, w.seq, w.head / group);
+  const Rows<BFloat16> rows(a.kv, w.seq, w.head / (shape.num_heads / shape.num_kv_heads));
   const int64_t row_bytes = a.kv.k_row_stride * static_cast<int64_t>(sizeof(BFloat16));
-
-  AmxBlock block;
-  block.values = reinterpret_cast<uint16_t*>(scratch);
-  block.keys = block.values + kBlock * head_size;
-  block.p = block.keys + kBlock * head_size;
-  block.scores = scratch + kBlock * head_size + kBlock * kTile / 2;
-  float* free = scratch + AmxBlock::floats(head_size);
+  const AmxBlock block(scratch, head_size);
+  float* heads = scratch + AmxBlock::floats(head_size);
   const auto head_of = [&](int g) {
-    AmxHead head;
-    head.head_size = head_size;
-    head.scale = shape.scale;
-    head.scores = block.scores;
-    head.out = free + g * AmxHead::floats(head_size);
-    head.top = head.out + head_size * kTile;
-    head.sum = head.top + kTile;
-    head.q = reinterpret_cast<uint16_t*>(head.sum + kTile);
-    return head;
+    return AmxHead(heads + g * AmxHead::floats(head_size), head_size, shape.scale, block.scores);
   };
   const TileConfig config;
   _tile_loadconfig(&config);
-  for (int g = 0; g < group; ++g) {
+  for (int g = 0; g < w.heads; ++g) {
     const AmxHead head = head_of(g);
     head.clear();
     const BFloat16* q = static_cast<const BFloat16*>(a.q) + place.begin * a.q_row_stride +
@@ -252,18 +253,12 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
     amx_pack_queries(q, a.q_row_stride, place.rows, head_size, head.q);
   }
 
-  Keys wanted;
+  GroupSelection selection(a, w, place.last_query);
+  Keys wanted, next;
   const BFloat16* values[kBlock];
   const uint16_t* keys[kBlock / kAmx];
-  std::vector<Selection> selections;
-  for (int g = 0; g < group; ++g) selections.emplace_back(a, w.list_row + g, place.last_query);
-  for (;;) {
-    int64_t now = -1;
-    for (const Selection& s : selections) {
-      if (s.block() >= 0 && (now < 0 || s.block() < now)) now = s.block();
-    }
-    if (now < 0) break;
-    selections[0].block_keys(now, wanted);
+  for (; selection.block() >= 0; selection.advance()) {
+    selection.block_keys(selection.block(), wanted);
     for (int n = 0; n < wanted.count; ++n) values[n] = rows.value(wanted.position[n]);
     for (int i = 0; i < kBlock / kAmx; ++i) {
       // Pages are multiples of 16 rows, so 16 rows lie together. Beyond the last key any row does:
@@ -272,49 +267,43 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
       keys[i] = reinterpret_cast<const uint16_t*>(rows.key(wanted.position[n]));
     }
     amx_pack_values(values, wanted.count, head_size, block.values);
-    int64_t after = -1;
-    for (const Selection& s : selections) {
-      const int64_t next = s.after(now);
-      if (next >= 0 && (after < 0 || next < after)) after = next;
-    }
-    Keys ahead;
-    if (after >= 0) selections[0].block_keys(after, ahead);
-    for (int g = 0; g < group; ++g) {
+    next.count = 0;
+    if (selection.after() >= 0) selection.block_keys(selection.after(), next);
+    for (int g = 0; g < w.heads; ++g) {
       // A share of the next block's rows is fetched beside each head.
-      for (int n = g * kBlock / group; n < (g + 1) * kBlock / group && n < ahead.count; ++n) {
-        const BFloat16* k = rows.key(ahead.position[n]);
-        const BFloat16* v = rows.value(ahead.position[n]);
+      for (int n = g * kBlock / w.heads; n < (g + 1) * kBlock / w.heads && n < next.count; ++n) {
+        const BFloat16* k = rows.key(next.position[n]);
+        const BFloat16* v = rows.value(next.position[n]);
         for (int64_t d = 0; d < head_size; d += 32) {
           __builtin_prefetch(k + d, 0, 2);
           __builtin_prefetch(v + d, 0, 2);
         }
       }
-      if (selections[g].block() != now) continue;
-      selections[g].advance();
-      amx_attend(block, head_of(g), keys, row_bytes, wanted, place.first_query);
+      if (selection.reads(g)) {
+        amx_attend(block, head_of(g), keys, row_bytes, wanted, place.first_query);
+      }
     }
   }
-  for (int g = 0; g < group; ++g) {
-    const AmxHead head = head_of(g);
-    if (a.blocks != nullptr) {
+  for (int g = 0; g < w.heads; ++g) {
+    if (a.columns != nullptr) {
+      Selection& columns = selection.head(g);
       for (int i = 0; i < kBlock / kAmx; ++i) keys[i] = block.keys + i * kAmx * head_size;
-      for (selections[g].columns(wanted); wanted.count > 0; selections[g].columns(wanted)) {
+      for (columns.columns(wanted); wanted.count > 0; columns.columns(wanted)) {
         for (int n = 0; n < wanted.count; ++n) {
           values[n] = rows.value(wanted.position[n]);
           std::memcpy(block.keys + n * head_size, rows.key(wanted.position[n]), head_size * 2);
         }
         amx_pack_values(values, wanted.count, head_size, block.values);
-        amx_attend(block, head, keys, head_size * 2, wanted, place.first_query);
+        amx_attend(block, head_of(g), keys, head_size * 2, wanted, place.first_query);
       }
     }
-    write_tile<BFloat16>(a, head, place, w.head + g);
+    write_tile<BFloat16>(a, head_of(g), place, w.head + g);
   }
   _tile_release();
 }
 
 inline size_t prefill_scratch_amx(const Shape& shape) {
-  return AmxBlock::floats(shape.head_size) +
-         shape.num_heads / shape.num_kv_heads * AmxHead::floats(shape.head_size);
+  return AmxBlock::floats(shape.head_size) + kMaxHeads * AmxHead::floats(shape.head_size);
 }
 
 }  // namespace

@@ -16,38 +16,51 @@ namespace {
 
 constexpr int kScoreRows = (kBlock + kKeys - 1) / kKeys * kKeys;  // the last group may be padded
 
-// State of one query tile of one head, in scratch memory.
-struct TileState : SoftmaxTile {
-  float* q;       // [D, 64], scaled
-  float* values;  // [D / 16, 64, 16] the block's values in fp32
-  float* keys;    // [64, D] the block's keys in fp32; unused where the cache is fp32
+// One head of the tile, in scratch memory.
+struct TileHead : SoftmaxTile {
+  float* q;  // [D, 64], scaled
 
-  TileState(float* scratch, int64_t head_size_) {
+  TileHead(float* scratch, int64_t head_size_, float* shared_scores) {
     head_size = head_size_;
     scale = 1.0f;
+    scores = shared_scores;
     q = scratch;
     out = q + head_size * kTile;
-    scores = out + head_size * kTile;
-    top = scores + kScoreRows * kTile;
+    top = out + head_size * kTile;
     sum = top + kTile;
-    values = sum + kTile;
+  }
+  static size_t floats(int64_t head_size) { return 2 * head_size * kTile + 2 * kTile; }
+};
+
+// What the heads share while they attend to the same keys.
+struct SharedBlock {
+  float* scores;  // [kScoreRows, 64]
+  float* values;  // [D / 16, 64, 16] the values in fp32
+  float* keys;    // [64, D] the keys in fp32; unused where the cache is fp32
+  int64_t head_size;
+
+  SharedBlock(float* scratch, int64_t head_size) : head_size(head_size) {
+    scores = scratch;
+    values = scores + kScoreRows * kTile;
     keys = values + head_size * kBlock;
   }
   static size_t floats(int64_t head_size) {
-    return 2 * head_size * kTile + kScoreRows * kTile + 2 * kTile + 2 * kBlock * head_size;
+    return kScoreRows * kTile + 2 * kBlock * head_size;
   }
 };
 
-// Rows to bring into the cache while something else is computed. Without it a fifth of the time
-// went into waiting for rows (measured at 16K keys, D = 128, fp32).
+// Rows to bring into the cache beside the scores of the block before. Without it a fifth of the
+// time went into waiting for rows (measured at 16K keys, D = 128, fp32).
 struct Ahead {
-  const void* row[kScoreRows];
-  int count;
-  int64_t bytes;
+  const void* row[2 * kBlock];
+  int count = 0;
+  int next = 0;
+  int step = 0;  // rows at a time
+  int64_t bytes = 0;
 
-  void fetch(int first, int n) const {
-    for (int i = first; i < first + n && i < count; ++i) {
-      const char* line = static_cast<const char*>(row[i]);
+  void fetch() {
+    for (int i = 0; i < step && next < count; ++i, ++next) {
+      const char* line = static_cast<const char*>(row[next]);
       for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
     }
   }
@@ -55,10 +68,10 @@ struct Ahead {
 
 // scores[n, :] = sum_d keys[n][d] * q[d, :] for n < count, rounded up to groups of kKeys rows
 // (the caller repeats the last row's pointer there).
-inline void score(const TileState& s, const float* const* keys, int count, const Ahead& values) {
+inline void score(const TileHead& s, const float* const* keys, int count, Ahead& ahead) {
   const int64_t head_size = s.head_size;
   for (int n = 0; n < count; n += kKeys) {
-    values.fetch(n, kKeys);
+    ahead.fetch();
     const float* row[kKeys];
     for (int i = 0; i < kKeys; ++i) row[i] = keys[n + i];
     for (int c = 0; c < kVectors; c += kVecs) {
@@ -86,7 +99,7 @@ inline void score(const TileState& s, const float* const* keys, int count, const
 // lie 2 D floats apart, which maps them to a handful of L1 sets: reading them there cost 20% of
 // the whole kernel at D = 128.
 template <class T>
-inline void pack_value(const TileState& s, const T* row, int n) {
+inline void pack_value(const SharedBlock& s, const T* row, int n) {
   for (int64_t strip = 0; strip < s.head_size / kStrip; ++strip) {
     float* to = s.values + (strip * kBlock + n) * kStrip;
     convert_row(row + strip * kStrip, to, kStrip);
@@ -94,11 +107,9 @@ inline void pack_value(const TileState& s, const T* row, int n) {
 }
 
 // out[d, :] += sum_n values[n][d] * scores[n, :]
-inline void accumulate(const TileState& s, int count, const Ahead& next_keys) {
-  const int rows_a_step = static_cast<int>(kBlock * kDims / s.head_size) + 1;
+inline void accumulate(const TileHead& s, const float* packed, int count) {
   for (int64_t d = 0; d < s.head_size; d += kDims) {
-    next_keys.fetch(static_cast<int>(d / kDims) * rows_a_step, rows_a_step);
-    const float* values = s.values + d / kStrip * kStrip * kBlock + d % kStrip;
+    const float* values = packed + d / kStrip * kStrip * kBlock + d % kStrip;
     for (int c = 0; c < kVectors; c += kVecs) {
       Vec acc[kDims][kVecs];
       float* out = s.out + d * kTile + c * kLanes;
@@ -125,37 +136,38 @@ inline void accumulate(const TileState& s, int count, const Ahead& next_keys) {
   }
 }
 
-// Attends the tile, whose first query stands at `first_query`, to some keys. `next` are the keys
-// that come after these, if any: they are fetched ahead.
-template <class T>
-inline void attend(const TileState& s, const Rows<T>& rows, const Keys& keys, const Keys& next,
-                   int64_t first_query) {
-  const float* k32[kScoreRows];
-  int64_t position[kBlock];
-  Ahead values, next_keys;
-  values.bytes = next_keys.bytes = s.head_size * sizeof(T);
-  values.count = keys.count;
-  next_keys.count = next.count;
-  for (int n = 0; n < next.count; ++n) next_keys.row[n] = rows.key(next.position[n]);
-  bool masked = false;
-  for (int n = 0; n < keys.count; ++n) {
-    const T* k = rows.key(keys.position[n]);
-    values.row[n] = rows.value(keys.position[n]);
-    if constexpr (std::is_same_v<T, float>) {
-      k32[n] = k;
-    } else {
-      convert_row(k, s.keys + n * s.head_size, s.head_size);
-      k32[n] = s.keys + n * s.head_size;
+// Where some keys lie, in the cache or converted.
+struct KeyRows {
+  const float* row[kScoreRows];
+  int64_t position[kBlock];  // relative to the tile's first query
+  bool masked = false;       // whether some query may not see some key
+  int count;
+
+  template <class T>
+  KeyRows(const SharedBlock& block, const Rows<T>& rows, const Keys& keys, int64_t first_query)
+      : count(keys.count) {
+    for (int n = 0; n < count; ++n) {
+      const T* k = rows.key(keys.position[n]);
+      if constexpr (std::is_same_v<T, float>) {
+        row[n] = k;
+      } else {
+        convert_row(k, block.keys + n * block.head_size, block.head_size);
+        row[n] = block.keys + n * block.head_size;
+      }
+      pack_value(block, rows.value(keys.position[n]), n);
+      position[n] = keys.position[n] - first_query;
+      masked |= position[n] > 0;
     }
-    position[n] = keys.position[n] - first_query;
-    masked |= position[n] > 0;
+    for (int n = count; n < kScoreRows; ++n) row[n] = row[count - 1];
   }
-  for (int n = keys.count; n < kScoreRows; ++n) k32[n] = k32[keys.count - 1];
-  score(s, k32, keys.count, values);
-  if (masked) mask_causal(s, position, keys.count);
-  softmax_step(s, keys.count);
-  for (int n = 0; n < keys.count; ++n) pack_value(s, static_cast<const T*>(values.row[n]), n);
-  accumulate(s, keys.count, next_keys);
+};
+
+inline void attend(const TileHead& head, const SharedBlock& block, const KeyRows& keys,
+                   Ahead& ahead) {
+  score(head, keys.row, keys.count, ahead);
+  if (keys.masked) mask_causal(head, keys.position, keys.count);
+  softmax_step(head, keys.count);
+  accumulate(head, block.values, keys.count);
 }
 
 template <class T>
@@ -163,32 +175,53 @@ void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
   const TilePlace place(a, w);
-  const TileState s(scratch, head_size);
   const Rows<T> rows(a.kv, w.seq, w.head / (shape.num_heads / shape.num_kv_heads));
-
-  const T* q = static_cast<const T*>(a.q) + place.begin * a.q_row_stride + w.head * a.q_head_stride;
-  for (int64_t d = 0; d < head_size; ++d) {
-    for (int r = 0; r < kTile; ++r) {
-      s.q[d * kTile + r] =
-          r < place.rows ? to_float(q[r * a.q_row_stride + d]) * shape.scale : 0.0f;
+  const SharedBlock block(scratch, head_size);
+  float* heads = scratch + SharedBlock::floats(head_size);
+  const auto head_of = [&](int g) {
+    return TileHead(heads + g * TileHead::floats(head_size), head_size, block.scores);
+  };
+  for (int g = 0; g < w.heads; ++g) {
+    const TileHead head = head_of(g);
+    head.clear();
+    const T* q = static_cast<const T*>(a.q) + place.begin * a.q_row_stride +
+                 (w.head + g) * a.q_head_stride;
+    for (int64_t d = 0; d < head_size; ++d) {
+      for (int r = 0; r < kTile; ++r) {
+        head.q[d * kTile + r] =
+            r < place.rows ? to_float(q[r * a.q_row_stride + d]) * shape.scale : 0.0f;
+      }
     }
   }
-  s.clear();
 
-  Selection selection(a, w.list_row, place.last_query);
-  const auto next_keys = [&selection](Keys& keys) {
-    if (selection.block() < 0) return selection.columns(keys);
-    selection.block_keys(selection.block(), keys);
-    selection.advance();
-  };
-  Keys now, next;
-  next_keys(now);
-  while (now.count > 0) {
-    next_keys(next);
-    attend(s, rows, now, next, place.first_query);
-    now = next;
+  GroupSelection selection(a, w, place.last_query);
+  Keys wanted, next;
+  for (; selection.block() >= 0; selection.advance()) {
+    selection.block_keys(selection.block(), wanted);
+    const KeyRows keys(block, rows, wanted, place.first_query);
+    Ahead ahead;
+    if (selection.after() >= 0) {
+      selection.block_keys(selection.after(), next);
+      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = rows.key(next.position[n]);
+      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = rows.value(next.position[n]);
+      ahead.bytes = head_size * sizeof(T);
+      ahead.step = ahead.count / (selection.readers() * (kScoreRows / kKeys)) + 1;
+    }
+    for (int g = 0; g < w.heads; ++g) {
+      if (selection.reads(g)) attend(head_of(g), block, keys, ahead);
+    }
   }
-  write_tile<T>(a, s, place, w.head);
+  Ahead nothing;
+  for (int g = 0; g < w.heads; ++g) {
+    if (a.columns != nullptr) {
+      Selection& columns = selection.head(g);
+      for (columns.columns(wanted); wanted.count > 0; columns.columns(wanted)) {
+        const KeyRows keys(block, rows, wanted, place.first_query);
+        attend(head_of(g), block, keys, nothing);
+      }
+    }
+    write_tile<T>(a, head_of(g), place, w.head + g);
+  }
 }
 
 }  // namespace

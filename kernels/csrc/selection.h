@@ -33,6 +33,7 @@ struct TilePlace {
 // Walks one head's list: its blocks, then its columns. Invalid entries are passed over.
 class Selection {
  public:
+  Selection() = default;
   Selection(const Prefill& a, int64_t list_row, int64_t last_query)
       : last_block_(last_query / kBlock), last_query_(last_query) {
     if (a.blocks == nullptr) {
@@ -94,12 +95,56 @@ class Selection {
     }
   }
 
-  const int64_t last_block_, last_query_;
+  int64_t last_block_ = 0, last_query_ = 0;
   const int32_t* blocks_ = nullptr;  // null: every block
   const int32_t* columns_ = nullptr;
   int64_t blocks_left_ = 0;
   int64_t columns_left_ = 0;
   int64_t dense_block_ = 0;
+  int64_t block_ = -1;
+};
+
+// The lists of a TileWork's heads, walked together: each block once for all heads that read it.
+class GroupSelection {
+ public:
+  GroupSelection(const Prefill& a, const TileWork& w, int64_t last_query) : heads_(w.heads) {
+    for (int g = 0; g < heads_; ++g) heads_at_[g] = Selection(a, w.list_row + g, last_query);
+    find();
+  }
+
+  // The block at hand, -1 after the last, and the one after it, -1 when unknown or none.
+  int64_t block() const { return block_; }
+  int64_t after() const {
+    int64_t least = -1;
+    for (int g = 0; g < heads_; ++g) least = lower(least, heads_at_[g].after(block_));
+    return least;
+  }
+  bool reads(int g) const { return heads_at_[g].block() == block_; }
+  int readers() const {
+    int count = 0;
+    for (int g = 0; g < heads_; ++g) count += reads(g);
+    return count;
+  }
+  void block_keys(int64_t block, Keys& keys) const { heads_at_[0].block_keys(block, keys); }
+
+  void advance() {
+    for (int g = 0; g < heads_; ++g) {
+      if (reads(g)) heads_at_[g].advance();
+    }
+    find();
+  }
+
+  Selection& head(int g) { return heads_at_[g]; }
+
+ private:
+  static int64_t lower(int64_t a, int64_t b) { return a < 0 || (b >= 0 && b < a) ? b : a; }
+  void find() {
+    block_ = -1;
+    for (int g = 0; g < heads_; ++g) block_ = lower(block_, heads_at_[g].block());
+  }
+
+  const int heads_;
+  Selection heads_at_[kMaxHeads];
   int64_t block_ = -1;
 };
 
