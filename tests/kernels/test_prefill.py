@@ -65,7 +65,14 @@ def test_lengths(prefill, n, dtype):
     ("heads", "kv_heads", "head_size", "page"),
     [
         pytest.param(*t, id="H{}-KV{}-D{}-page{}".format(*t))
-        for t in [(1, 1, 64, 16), (8, 2, 128, 128), (6, 2, 96, 32), (5, 1, 80, 48), (2, 2, 256, 64), (11, 1, 64, 16)]
+        for t in [
+            (1, 1, 64, 16),
+            (8, 2, 128, 128),
+            (6, 2, 96, 32),
+            (5, 1, 80, 48),
+            (2, 2, 256, 64),
+            (11, 1, 64, 16),
+        ]
     ],
 )
 def test_shapes(prefill, heads, kv_heads, head_size, page):
