@@ -95,9 +95,9 @@ def measure(length: int, dtype_name: str, coverage: float, repeats: int) -> Tota
 
 def measure_chunk(totals, layer, q, k, v, seq_len, coverage, repeats) -> None:
     import torch
-    from vllm_sparse.kernels import sparse_prefill, write_kv
 
     from benchmarks._vllm_cpu import VllmCpuAttention
+    from vllm_sparse.kernels import sparse_prefill, write_kv
     from vllm_sparse.patterns import HeadPattern
     from vllm_sparse.planner import plan_prefill
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "rows.h"
 #include "vec.h"
@@ -10,52 +11,106 @@
 namespace vllm_sparse {
 namespace {
 
+// Query heads whose accumulators fit the registers beside four keys.
+constexpr int kDecodeHeads = kLanes == 16 ? 4 : 2;
+
+typedef float Quad __attribute__((vector_size(16), may_alias));
+
+// Four partial sums of a vector's lanes.
+inline Quad fold(Vec v) {
+  Quad part[kLanes / 4];
+  std::memcpy(part, &v, sizeof(v));
+  for (int width = kLanes / 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) part[i] += part[i + width];
+  }
+  return part[0];
+}
+
+// The sums of the lanes of four vectors.
+inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
+  const Quad w = fold(a), x = fold(b), y = fold(c), z = fold(d);
+  const Quad wx = __builtin_shufflevector(w, x, 0, 4, 2, 6) + __builtin_shufflevector(w, x, 1, 5, 3, 7);
+  const Quad yz = __builtin_shufflevector(y, z, 0, 4, 2, 6) + __builtin_shufflevector(y, z, 1, 5, 3, 7);
+  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
+}
+
 inline float horizontal_sum(Vec v) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, v);
-  for (int width = kLanes / 2; width >= 4; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  const Quad q = fold(v);
+  return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
-// scores[g, n] = q[g] . k for `kGroup` query heads and one key.
+template <class T>
+inline void prefetch_row(const T* row, int64_t head_size) {
+  for (int64_t d = 0; d < head_size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 3);
+}
+
+// scores[g, n] = q[g] . keys[n] for `kGroup` query heads and `count` keys, rounded up to fours (the
+// caller repeats the last row's pointer there).
 template <int kGroup, class T>
-inline void decode_score(const float* q, const T* k, int64_t head_size, float* scores) {
-  Vec acc[kGroup] = {};
-  for (int64_t d = 0; d < head_size; d += kLanes) {
-    const Vec x = load_row(k + d);
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroup; ++g) acc[g] += load(q + g * head_size + d) * x;
+inline void decode_score(const float* q, const T* const* keys, const T* const* values, int count,
+                         int64_t head_size, float* scores) {
+  for (int n = 0; n < count; n += 4) {
+    for (int i = n; i < n + 4 && i < count; ++i) prefetch_row(values[i], head_size);
+    Vec acc[kGroup][4] = {};
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Vec x[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) x[i] = load_row(keys[n + i] + d);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) {
+        const Vec y = load(q + g * head_size + d);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) acc[g][i] += y * x[i];
+      }
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
+      const Quad four = sums(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
+      std::memcpy(scores + g * kBlock + n, &four, sizeof(four));
+    }
   }
-#pragma GCC unroll 8
-  for (int g = 0; g < kGroup; ++g) scores[g * kBlock] = horizontal_sum(acc[g]);
 }
 
-// out[g, :] += sum_n scores[g, n] * values[n] for `kGroup` query heads.
+// out[g, d ..] += sum_n scores[g, n] * values[n, d ..] for `kGroup` heads and `kSteps` vectors.
+template <int kGroup, int kSteps, class T>
+inline void decode_accumulate_strip(const float* scores, const T* const* values, int count,
+                                    int64_t head_size, int64_t d, float* out) {
+  Vec acc[kGroup][kSteps];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g)
+#pragma GCC unroll 4
+    for (int j = 0; j < kSteps; ++j) acc[g][j] = load(out + g * head_size + d + j * kLanes);
+  for (int n = 0; n < count; ++n) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kSteps; ++j) {
+      const Vec x = load_row(values[n] + d + j * kLanes);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) acc[g][j] += scores[g * kBlock + n] * x;
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g)
+#pragma GCC unroll 4
+    for (int j = 0; j < kSteps; ++j) store(out + g * head_size + d + j * kLanes, acc[g][j]);
+}
+
 template <int kGroup, class T>
 inline void decode_accumulate(const float* scores, const T* const* values, int count,
                               int64_t head_size, float* out) {
-  for (int64_t d = 0; d < head_size; d += kStrip) {
-    constexpr int kSteps = kStrip / kLanes;
-    Vec acc[kGroup][kSteps];
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroup; ++g)
-#pragma GCC unroll 8
-      for (int j = 0; j < kSteps; ++j) acc[g][j] = load(out + g * head_size + d + j * kLanes);
-    for (int n = 0; n < count; ++n) {
-#pragma GCC unroll 8
-      for (int j = 0; j < kSteps; ++j) {
-        const Vec x = load_row(values[n] + d + j * kLanes);
-#pragma GCC unroll 8
-        for (int g = 0; g < kGroup; ++g) acc[g][j] += scores[g * kBlock + n] * x;
-      }
-    }
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroup; ++g)
-#pragma GCC unroll 8
-      for (int j = 0; j < kSteps; ++j) store(out + g * head_size + d + j * kLanes, acc[g][j]);
+  int64_t d = 0;
+  for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) {
+    decode_accumulate_strip<kGroup, 2>(scores, values, count, head_size, d, out);
   }
+  if (d < head_size) decode_accumulate_strip<kGroup, 1>(scores, values, count, head_size, d, out);
+}
+
+// Calls step(first head, integral constant of how many) over the group, most heads at a time first.
+template <class Step>
+inline void for_heads(int group, const Step& step) {
+  int g = 0;
+  for (; kDecodeHeads >= 4 && g + 4 <= group; g += 4) step(g, std::integral_constant<int, 4>());
+  for (; g + 2 <= group; g += 2) step(g, std::integral_constant<int, 2>());
+  for (; g < group; ++g) step(g, std::integral_constant<int, 1>());
 }
 
 // Turns one head's 64 scores into probabilities against its running maximum.
@@ -101,31 +156,26 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
   }
   std::memset(w.out, 0, group * head_size * sizeof(float));
 
+  int64_t positions[kBlock];
+  const T* keys[kBlock];
+  const T* values[kBlock];
   for (int64_t first = w.first_key; first < w.last_key; first += kBlock) {
     const int count = static_cast<int>(w.last_key - first < kBlock ? w.last_key - first : kBlock);
-    const T* values[kBlock];
-    for (int n = 0; n < count; ++n) {
-      const T* k = rows.key(first + n);
-      values[n] = rows.value(first + n);
-      int g = 0;
-      for (; g + 4 <= group; g += 4) {
-        decode_score<4>(q + g * head_size, k, head_size, scores + g * kBlock + n);
-      }
-      for (; g < group; ++g) {
-        decode_score<1>(q + g * head_size, k, head_size, scores + g * kBlock + n);
-      }
-    }
+    for (int n = 0; n < count; ++n) positions[n] = first + n;
+    rows.find(positions, count, keys, values);
+    for (int n = count; n < kBlock; ++n) keys[n] = keys[count - 1];
+    for_heads(group, [&](int g, auto heads) {
+      decode_score<heads>(q + g * head_size, keys, values, count, head_size,
+                          scores + g * kBlock);
+    });
     for (int g = 0; g < group; ++g) {
       for (int n = count; n < kBlock; ++n) scores[g * kBlock + n] = -kInf;
       decode_softmax_step(scores + g * kBlock, top + g, sum + g, w.out + g * head_size, head_size);
     }
-    int g = 0;
-    for (; g + 4 <= group; g += 4) {
-      decode_accumulate<4>(scores + g * kBlock, values, count, head_size, w.out + g * head_size);
-    }
-    for (; g < group; ++g) {
-      decode_accumulate<1>(scores + g * kBlock, values, count, head_size, w.out + g * head_size);
-    }
+    for_heads(group, [&](int g, auto heads) {
+      decode_accumulate<heads>(scores + g * kBlock, values, count, head_size,
+                               w.out + g * head_size);
+    });
   }
   for (int g = 0; g < group; ++g) {
     const float inverse = sum[g] > 0.0f ? 1.0f / sum[g] : 0.0f;

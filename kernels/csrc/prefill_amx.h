@@ -255,28 +255,30 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
 
   GroupSelection selection(a, w, place.last_query);
   Keys wanted, next;
-  const BFloat16* values[kBlock];
+  const BFloat16* k[kBlock];
+  const BFloat16* v[kBlock];
   const uint16_t* keys[kBlock / kAmx];
   for (; selection.block() >= 0; selection.advance()) {
     selection.block_keys(selection.block(), wanted);
-    for (int n = 0; n < wanted.count; ++n) values[n] = rows.value(wanted.position[n]);
+    rows.find(wanted.position, wanted.count, k, v);
     for (int i = 0; i < kBlock / kAmx; ++i) {
       // Pages are multiples of 16 rows, so 16 rows lie together. Beyond the last key any row does:
       // what it scores is never looked at.
       const int64_t n = i * kAmx < wanted.count ? i * kAmx : 0;
-      keys[i] = reinterpret_cast<const uint16_t*>(rows.key(wanted.position[n]));
+      keys[i] = reinterpret_cast<const uint16_t*>(k[n]);
     }
-    amx_pack_values(values, wanted.count, head_size, block.values);
+    amx_pack_values(v, wanted.count, head_size, block.values);
     next.count = 0;
-    if (selection.after() >= 0) selection.block_keys(selection.after(), next);
+    if (selection.after() >= 0) {
+      selection.block_keys(selection.after(), next);
+      rows.find(next.position, next.count, k, v);
+    }
     for (int g = 0; g < w.heads; ++g) {
       // A share of the next block's rows is fetched beside each head.
       for (int n = g * kBlock / w.heads; n < (g + 1) * kBlock / w.heads && n < next.count; ++n) {
-        const BFloat16* k = rows.key(next.position[n]);
-        const BFloat16* v = rows.value(next.position[n]);
         for (int64_t d = 0; d < head_size; d += 32) {
-          __builtin_prefetch(k + d, 0, 2);
-          __builtin_prefetch(v + d, 0, 2);
+          __builtin_prefetch(k[n] + d, 0, 2);
+          __builtin_prefetch(v[n] + d, 0, 2);
         }
       }
       if (selection.reads(g)) {
@@ -289,11 +291,11 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
       Selection& columns = selection.head(g);
       for (int i = 0; i < kBlock / kAmx; ++i) keys[i] = block.keys + i * kAmx * head_size;
       for (columns.columns(wanted); wanted.count > 0; columns.columns(wanted)) {
+        rows.find(wanted.position, wanted.count, k, v);
         for (int n = 0; n < wanted.count; ++n) {
-          values[n] = rows.value(wanted.position[n]);
-          std::memcpy(block.keys + n * head_size, rows.key(wanted.position[n]), head_size * 2);
+          std::memcpy(block.keys + n * head_size, k[n], head_size * 2);
         }
-        amx_pack_values(values, wanted.count, head_size, block.values);
+        amx_pack_values(v, wanted.count, head_size, block.values);
         amx_attend(block, head_of(g), keys, head_size * 2, wanted, place.first_query);
       }
     }

@@ -146,15 +146,17 @@ struct KeyRows {
   template <class T>
   KeyRows(const SharedBlock& block, const Rows<T>& rows, const Keys& keys, int64_t first_query)
       : count(keys.count) {
+    const T* k[kBlock];
+    const T* v[kBlock];
+    rows.find(keys.position, count, k, v);
     for (int n = 0; n < count; ++n) {
-      const T* k = rows.key(keys.position[n]);
       if constexpr (std::is_same_v<T, float>) {
-        row[n] = k;
+        row[n] = k[n];
       } else {
-        convert_row(k, block.keys + n * block.head_size, block.head_size);
+        convert_row(k[n], block.keys + n * block.head_size, block.head_size);
         row[n] = block.keys + n * block.head_size;
       }
-      pack_value(block, rows.value(keys.position[n]), n);
+      pack_value(block, v[n], n);
       position[n] = keys.position[n] - first_query;
       masked |= position[n] > 0;
     }
@@ -196,14 +198,17 @@ void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
 
   GroupSelection selection(a, w, place.last_query);
   Keys wanted, next;
+  const T* ahead_k[kBlock];
+  const T* ahead_v[kBlock];
   for (; selection.block() >= 0; selection.advance()) {
     selection.block_keys(selection.block(), wanted);
     const KeyRows keys(block, rows, wanted, place.first_query);
     Ahead ahead;
     if (selection.after() >= 0) {
       selection.block_keys(selection.after(), next);
-      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = rows.key(next.position[n]);
-      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = rows.value(next.position[n]);
+      rows.find(next.position, next.count, ahead_k, ahead_v);
+      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = ahead_k[n];
+      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = ahead_v[n];
       ahead.bytes = head_size * sizeof(T);
       ahead.step = ahead.count / (selection.readers() * (kScoreRows / kKeys)) + 1;
     }

@@ -20,13 +20,22 @@ struct Rows {
         kv(kv),
         table(kv.block_table + seq * kv.table_stride) {}
 
-  const T* key(int64_t position) const {
-    const int64_t page = table[position / kv.page_size];
-    return k + page * kv.k_page_stride + position % kv.page_size * kv.k_row_stride;
-  }
-  const T* value(int64_t position) const {
-    const int64_t page = table[position / kv.page_size];
-    return v + page * kv.v_page_stride + position % kv.page_size * kv.v_row_stride;
+  // Rows k[n], v[n] of `count` positions. Neighbours in a page are found without a division:
+  // with one per row, finding the rows took as long as decoding them in bf16.
+  void find(const int64_t* positions, int count, const T** keys, const T** values) const {
+    int64_t page = 0, offset = kv.page_size;
+    for (int n = 0; n < count; ++n) {
+      const bool follows = n > 0 && positions[n] == positions[n - 1] + 1;
+      if (follows && ++offset < kv.page_size) {
+        keys[n] = keys[n - 1] + kv.k_row_stride;
+        values[n] = values[n - 1] + kv.v_row_stride;
+        continue;
+      }
+      page = table[positions[n] / kv.page_size];
+      offset = positions[n] % kv.page_size;
+      keys[n] = k + page * kv.k_page_stride + offset * kv.k_row_stride;
+      values[n] = v + page * kv.v_page_stride + offset * kv.v_row_stride;
+    }
   }
 };
 

@@ -5,6 +5,10 @@
 #include <cstring>
 #include <limits>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "attention.h"
 
 namespace vllm_sparse {
@@ -112,11 +116,18 @@ inline void from_float(float x, Float16* out) {
   out->bits = static_cast<uint16_t>(sign | half);
 }
 
-// kLanes stored numbers as fp32, whatever their alignment.
+// kLanes stored numbers as fp32, whatever their alignment. GCC 12 makes four instructions of the
+// conversion that is one on x86, and decode in bf16 half as fast with it.
 inline UVec load_bits(const void* p) {
+#if defined(__AVX512F__)
+  return (UVec)_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return (UVec)_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+#else
   HalfVec bits;
   std::memcpy(&bits, p, sizeof(bits));
   return __builtin_convertvector(bits, UVec);
+#endif
 }
 inline Vec as_floats(UVec bits) {
   Vec v;
@@ -126,6 +137,11 @@ inline Vec as_floats(UVec bits) {
 inline Vec load_row(const float* p) { return load(p); }
 inline Vec load_row(const BFloat16* p) { return as_floats(load_bits(p) << 16); }
 inline Vec load_row(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   const UVec bits = load_bits(p);
   const UVec magnitude = (bits & 0x7fff) << 13;
   UVec y;
@@ -135,6 +151,7 @@ inline Vec load_row(const Float16* p) {
   const UVec is_special = (bits & 0x7c00) == 0x7c00;
   y = (y & ~is_special) | (special & is_special);
   return as_floats(y | (bits & 0x8000) << 16);
+#endif
 }
 
 template <class T>

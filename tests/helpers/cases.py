@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices, num_tiles
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case, random_indices
+
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import assert_close, make_case
 from test_prefill import DTYPES, available
+
 from vllm_sparse.kernels import cpu, merge, reference, write_kv
 
 

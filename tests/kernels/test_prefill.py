@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, assert_close, make_case, random_indices
+
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BlockIndices
 

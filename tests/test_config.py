@@ -1,0 +1,126 @@
+"""SparseConfig: defaults, the forms that vLLM's command line gives, and what errors say."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_sparse.config import SparseConfig
+
+
+def parse(**settings) -> SparseConfig:
+    return SparseConfig.from_additional_config({"sparse": settings})
+
+
+@pytest.mark.parametrize("nothing", [None, {}, {"other": 1}, {"sparse": {}}, {"sparse": None}])
+def test_defaults(nothing):
+    config = SparseConfig.from_additional_config(nothing)
+    assert config.model_dump() == {
+        "coverage": 0.95,
+        "break_even": None,
+        "patterns": None,
+        "decode": "dense",
+        "softmax": "online",
+        "dense_layers": (),
+    }
+
+
+def test_what_is_given_is_kept():
+    config = parse(
+        coverage=1, break_even=0, patterns="p.json", decode="dense", softmax="online",
+        dense_layers=[3, 0, 3],
+    )  # fmt: skip
+    assert (config.coverage, config.break_even, config.patterns) == (1.0, 0, "p.json")
+    assert config.dense_layers == (0, 3)
+
+
+def test_it_cannot_be_changed():
+    with pytest.raises(ValueError):
+        parse().coverage = 0.5
+
+
+# What `--additional-config.sparse.KEY VALUE` can leave as text, and numbers for lists.
+@pytest.mark.parametrize(
+    "key, value, expected",
+    [
+        ("coverage", "0.9", 0.9),
+        ("break_even", "2048", 2048),
+        ("dense_layers", 3, (3,)),
+        ("dense_layers", "0,3", (0, 3)),
+        ("dense_layers", ["0", "3"], (0, 3)),
+    ],
+)
+def test_text_from_the_command_line(key, value, expected):
+    assert getattr(parse(**{key: value}), key) == expected
+
+
+@pytest.mark.parametrize(
+    "key, value, allowed",
+    [
+        ("coverage", 1.5, "a number above 0, at most 1"),
+        ("coverage", 0, "a number above 0, at most 1"),
+        ("coverage", -0.1, "a number above 0, at most 1"),
+        ("coverage", float("nan"), "a number above 0, at most 1"),
+        ("coverage", True, "a number above 0, at most 1"),
+        ("coverage", None, "a number above 0, at most 1"),
+        ("break_even", -1, "a whole number of tokens from 0"),
+        ("break_even", 0.5, "a whole number of tokens from 0"),
+        ("break_even", True, "a whole number of tokens from 0"),
+        ("break_even", "auto", "a whole number of tokens from 0"),
+        ("patterns", 3, "the path of a pattern file"),
+        ("decode", "sparse", '"dense"'),
+        ("softmax", None, '"online"'),
+        ("dense_layers", [-1], "a list of layer numbers from 0"),
+        ("dense_layers", "last", "a list of layer numbers from 0"),
+        ("dense_layers", {"0": 1}, "a list of layer numbers from 0"),
+    ],
+)
+def test_a_bad_value_names_key_value_and_what_is_allowed(key, value, allowed):
+    with pytest.raises(ValueError) as error:
+        parse(**{key: value})
+    text = str(error.value)
+    assert text.startswith(f'additional_config["sparse"]["{key}"] is {value!r}: allowed is ')
+    assert allowed in text
+
+
+def test_an_unknown_key_suggests_the_known_one():
+    with pytest.raises(ValueError) as error:
+        parse(coverge=0.9)
+    text = str(error.value)
+    assert "unknown key 'coverge'" in text
+    assert 'did you mean "coverage"?' in text
+    assert "break_even" in text
+
+
+def test_every_error_is_said_at_once():
+    with pytest.raises(ValueError) as error:
+        parse(budget=3, coverage=2, softmax="unified")
+    assert [x.split(":")[0] for x in str(error.value).splitlines()] == [
+        'additional_config["sparse"]["coverage"] is 2',
+        'additional_config["sparse"]["softmax"] is \'unified\'',
+        "additional_config[\"sparse\"] has the unknown key 'budget'",
+    ]
+
+
+@pytest.mark.parametrize(
+    "key, value, later",
+    [
+        ("decode", "lsh", "CPU offloading"),
+        ("decode", "exact", "CPU offloading"),
+        ("softmax", "unified", "decode on GPUs"),
+    ],
+)
+def test_what_comes_later_is_said_to(key, value, later):
+    with pytest.raises(ValueError, match=f"{value!r} comes with {later}"):
+        parse(**{key: value})
+
+
+def test_the_section_must_be_an_object():
+    with pytest.raises(ValueError, match="is 5: allowed is an object with settings"):
+        SparseConfig.from_additional_config({"sparse": 5})
+
+
+def test_dense_layers_must_exist():
+    config = parse(dense_layers=[0, 4])
+    config.check_layers(5)
+    with pytest.raises(ValueError, match=r"names \[4\]: the model has the layers 0 to 3"):
+        config.check_layers(4)

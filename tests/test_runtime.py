@@ -1,0 +1,79 @@
+"""What a worker settles at its start, and the line that says so."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from vllm_sparse import runtime
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.patterns import ADAPTIVE, HeadPattern, PatternFile
+from vllm_sparse.planner.break_even import NEVER
+
+MODEL = runtime.Model(layers=4, heads=4, kv_heads=2, head_size=64)
+SHAPE = {"dtype": torch.float32, "head_size": 64, "num_heads": 4, "num_kv_heads": 2}
+
+
+@pytest.fixture
+def start(monkeypatch):
+    """start(settings, measured) -> (Runtime, start-up line)."""
+    lines: list[str] = []
+    monkeypatch.setattr(runtime.logger, "info", lambda message, *args: lines.append(message % args))
+    assert isinstance(runtime.logger, logging.Logger)
+
+    def run(measured: int = 2048, **settings):
+        monkeypatch.setattr(runtime, "measure_break_even", lambda *args: measured)
+        runtime.start.cache_clear()
+        started = runtime.start(SparseConfig(**settings), MODEL, **SHAPE)
+        return started, lines[-1]
+
+    yield run
+    runtime.start.cache_clear()
+
+
+def test_the_defaults_are_said(start):
+    started, line = start()
+    assert started.break_even == 2048
+    assert started.patterns(3, 0, 4) == (ADAPTIVE,) * 4
+    assert line.startswith(
+        "Sparse attention active: coverage 0.95, break-even 2048 tokens (measured), "
+        "patterns adaptive, decode dense, softmax online, kernels "
+    )
+
+
+def test_what_is_given_is_not_measured(start):
+    started, line = start(break_even=0, dense_layers=(1,), coverage=1.0)
+    assert started.break_even == 0
+    assert "coverage 1, break-even 0 tokens (given)" in line
+    assert line.endswith(", dense layers [1]")
+
+
+def test_a_machine_where_sparse_never_pays_is_said_so(start):
+    started, line = start(measured=NEVER)
+    assert started.break_even == NEVER
+    assert "break-even never (measured)" in line
+
+
+def test_layers_of_one_shape_settle_it_once(start):
+    started, _ = start()
+    assert runtime.start(SparseConfig(), MODEL, **SHAPE) is started
+
+
+def test_a_rank_gets_the_patterns_of_its_own_heads(start, tmp_path):
+    dense = HeadPattern(kind="dense")
+    model = {"name": "m", "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 64}
+    path = tmp_path / "patterns.json"
+    PatternFile(schema_version=1, model=model, layers={2: {3: dense}}).save(path)
+    started, line = start(patterns=str(path))
+    assert f"patterns {path}, " in line
+    assert started.patterns(2, 2, 2) == (ADAPTIVE, dense)
+    assert started.patterns(2, 0, 2) == (ADAPTIVE, ADAPTIVE)
+
+
+def test_settings_that_do_not_fit_the_model_are_errors(start):
+    with pytest.raises(ValueError, match="the model has the layers 0 to 3"):
+        start(dense_layers=(4,))
+    with pytest.raises(ValueError, match="cannot be read"):
+        start(patterns="/no/such/file.json")

@@ -1,0 +1,104 @@
+"""SparseConfig: what a user may set under `additional_config["sparse"]`. No torch, no vLLM."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+SECTION = 'additional_config["sparse"]'
+
+ALLOWED = {
+    "coverage": "a number above 0, at most 1: the share of attention mass that a head must cover",
+    "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
+    "patterns": "the path of a pattern file, or null for the adaptive default in every head",
+    "decode": '"dense"',
+    "softmax": '"online"',
+    "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
+}
+# Values that are announced, with what brings them.
+LATER = {
+    "decode": dict.fromkeys(("lsh", "vattention", "topk", "exact"), "CPU offloading"),
+    "softmax": dict.fromkeys(("unified", "lazy"), "decode on GPUs"),
+}
+
+
+class SparseConfig(BaseModel):
+    """Settings of the sparse backend; README.md has the table for users."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    coverage: float = Field(0.95, gt=0, le=1)
+    break_even: int | None = Field(None, ge=0)
+    patterns: str | None = None
+    decode: Literal["dense"] = "dense"
+    softmax: Literal["online"] = "online"
+    dense_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> SparseConfig:
+        """The settings in vLLM's `additional_config`, which may hold none.
+
+        Raises:
+            ValueError: an unknown key or a bad value; says the key, the value, what is allowed.
+        """
+        given = additional_config.get("sparse") if isinstance(additional_config, Mapping) else None
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise ValueError(
+                f"{SECTION} is {given!r}: allowed is an object with settings, "
+                'such as {"coverage": 0.95}'
+            )
+        try:
+            return cls(**given)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(given, error))) from None
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError if `dense_layers` names a layer that the model does not have."""
+        beyond = [i for i in self.dense_layers if i >= num_layers]
+        if beyond:
+            raise ValueError(
+                f'{SECTION}["dense_layers"] names {beyond}: '
+                f"the model has the layers 0 to {num_layers - 1}"
+            )
+
+    @field_validator("coverage", "break_even", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # pydantic would read true as 1
+            raise ValueError("a truth value")
+        return value
+
+    @field_validator("dense_layers", mode="before")
+    @classmethod
+    def _layer_list(cls, value: Any) -> Any:
+        # `--additional-config.sparse.dense_layers 3` arrives as 3, and `... 0,3` as the string.
+        if isinstance(value, int) and not isinstance(value, bool):
+            return (value,)
+        return value.split(",") if isinstance(value, str) else value
+
+    @field_validator("dense_layers")
+    @classmethod
+    def _from_zero(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(i < 0 for i in value):
+            raise ValueError("a negative layer")
+        return tuple(sorted(set(value)))
+
+
+def _explain(given: Mapping[str, Any], error: ValidationError) -> list[str]:
+    lines = []
+    for key in dict.fromkeys(str(e["loc"][0]) for e in error.errors()):
+        if key not in ALLOWED:
+            close = difflib.get_close_matches(key, ALLOWED, n=1)
+            hint = f'did you mean "{close[0]}"? ' if close else ""
+            lines.append(f"{SECTION} has the unknown key {key!r}: {hint}Keys: {', '.join(ALLOWED)}")
+            continue
+        value = given[key]
+        later = LATER.get(key, {}).get(value) if isinstance(value, str) else None
+        hint = f"; {value!r} comes with {later}, which this version does not have" if later else ""
+        lines.append(f'{SECTION}["{key}"] is {value!r}: allowed is {ALLOWED[key]}{hint}')
+    return lines

@@ -1,0 +1,199 @@
+"""forward(): decode rows and prefill segments of a step, dispatched to the kernels."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from . import kernels
+from .config import SparseConfig
+from .metadata import Segment, SparseMetadata
+from .planner import plan_prefill
+from .runtime import Model, start
+from .stats import STATS
+
+
+class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
+    """Attention of one layer.
+
+    Raises:
+        ValueError: for a kind of attention that only the layer itself tells of (ALiBi, logits
+            soft cap, KV shared between layers, ...).
+    """
+
+    supports_dcp = False  # vLLM's own default was True in 0.26
+    supports_pcp = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **special,
+    ) -> None:
+        _refuse(
+            {
+                "ALiBi": alibi_slopes is not None,
+                "a sliding window": sliding_window is not None,
+                f"a logits soft cap of {logits_soft_cap}": bool(logits_soft_cap),
+                f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+                f"KV shared with layer {kv_sharing_target_layer_name!r}": (
+                    kv_sharing_target_layer_name is not None
+                ),
+                **{f"{k} = {v!r}": True for k, v in special.items() if v is not None},
+            }
+        )
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+
+        vllm_config = get_current_vllm_config()
+        self.config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        self.runtime = start(
+            self.config,
+            Model.of(vllm_config),
+            dtype=torch.get_default_dtype(),
+            head_size=head_size,
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+        )
+        self.break_even = self.runtime.break_even
+        # The layer's number is first seen in forward.
+        self.patterns: tuple | None = None
+        self.always_dense = False
+
+    def do_kv_cache_update(
+        self,
+        layer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write a step's keys and values, [T, Hkv, D] each; vLLM calls it before forward."""
+        k_cache, v_cache = self._split(kv_cache)
+        kernels.write_kv(key, value, k_cache, v_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write `output` [T, H, D]; query is [T, H, D], kv_cache [num_pages, Hkv, page, 2 D].
+
+        key and value were written by do_kv_cache_update.
+        """
+        if attn_metadata is None:  # vLLM measures memory
+            return output.fill_(0)
+        if self.patterns is None:
+            self._find_patterns(layer.layer_name)
+        k_cache, v_cache = self._split(kv_cache)
+        decodes = attn_metadata.num_decodes
+        if decodes:
+            kernels.paged_decode(
+                query[:decodes],
+                k_cache,
+                v_cache,
+                attn_metadata.decode_block_table,
+                attn_metadata.decode_seq_lens,
+                scale=self.scale,
+                out=output[:decodes],
+            )
+        dense = self.always_dense
+        for segment in attn_metadata.dense_segments if dense else attn_metadata.segments:
+            rows = slice(segment.begin, segment.end)
+            self._prefill(segment, query[rows], k_cache, v_cache, output[rows])
+        return output
+
+    def _prefill(
+        self,
+        segment: Segment,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        where = (segment.block_table, segment.query_start_loc, segment.seq_lens)
+        begin = time.perf_counter()
+        indices = None
+        if segment.sparse:
+            indices = plan_prefill(
+                query,
+                k_cache,
+                *where,
+                self.patterns,
+                scale=self.scale,
+                coverage=self.config.coverage,
+            )
+        planned = time.perf_counter()
+        kernels.sparse_prefill(query, k_cache, v_cache, *where, indices, scale=self.scale, out=out)
+        done = time.perf_counter()
+        STATS.index_seconds += planned - begin
+        STATS.attention_seconds += done - planned
+        read, causal = self._keys(segment, indices)
+        STATS.keys_read += read
+        STATS.keys_causal += causal
+
+    def _keys(self, segment: Segment, indices) -> tuple[int, int]:
+        """(keys read, keys that are causal), in keys x tiles x heads."""
+        if indices is not None:
+            return indices.selected_keys(segment.query_lens, segment.seq_lens_list)
+        causal = self.num_heads * segment.causal_keys
+        return causal, causal
+
+    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the keys and of the values, [num_pages, Hkv, page, D] each."""
+        return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
+
+    def _find_patterns(self, layer_name: str) -> None:
+        index = layer_index(layer_name)
+        first_head = get_tensor_model_parallel_rank() * self.num_heads
+        self.patterns = self.runtime.patterns(index, first_head, self.num_heads)
+        self.always_dense = index in self.config.dense_layers or all(
+            p.kind == "dense" for p in self.patterns
+        )
+
+
+def layer_index(layer_name: str) -> int:
+    """Number of the decoder layer in a name such as `model.layers.3.self_attn.attn`.
+
+    Raises:
+        ValueError: the name holds no number.
+    """
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer_name)
+    if not found:
+        raise ValueError(
+            f"The sparse attention backend cannot tell the layer number from {layer_name!r}: "
+            "expected a name such as 'model.layers.3.self_attn.attn'"
+        )
+    return int(found[1])
+
+
+def _refuse(special: dict[str, bool]) -> None:
+    present = [name for name, is_present in special.items() if is_present]
+    if present:
+        raise ValueError(
+            f"The sparse attention backend cannot run layers with {', '.join(present)}. "
+            "Leave --attention-backend out to serve this model with vLLM's own backend."
+        )

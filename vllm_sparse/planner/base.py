@@ -1,0 +1,146 @@
+"""What the patterns share: the geometry of a chunk, and the selection they write into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices, num_tiles
+
+# A single column is gathered, not streamed: keys of a block that one column costs as much as.
+COLUMN_COST = 1.25
+# Above this share of the dense cost a selection does not pay: indexed blocks run at about 0.85 of
+# the dense rate.
+MAX_COST = 0.8
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of `query_len` rows at the end of `seq_len` keys.
+
+    Tile t holds the positions start + 64 t .. start + 64 t + 63. The block offset of a key block
+    for a tile counts back from the block of the tile's last position: 0, or 0 and 1 where the
+    chunk does not begin at a block's edge, hold the diagonal.
+    """
+
+    query_len: int
+    seq_len: int
+    device: torch.device
+
+    @property
+    def start(self) -> int:
+        return self.seq_len - self.query_len
+
+    @property
+    def tiles(self) -> int:
+        return num_tiles(self.query_len)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.seq_len // BLOCK)
+
+    @cached_property
+    def first_key(self) -> torch.Tensor:
+        """int64 [T]: position of each tile's first row."""
+        return self.start + torch.arange(self.tiles, device=self.device) * TILE
+
+    @cached_property
+    def last_key(self) -> torch.Tensor:
+        """int64 [T]: position of each tile's last row."""
+        return (self.first_key + TILE).clamp(max=self.seq_len) - 1
+
+    @cached_property
+    def last_block(self) -> torch.Tensor:
+        """int64 [T]: block of each tile's last row."""
+        return self.last_key // BLOCK
+
+    @cached_property
+    def offsets(self) -> torch.Tensor:
+        """int64 [T, nb]: block offset of each key block for each tile; negative: in the future."""
+        return self.last_block[:, None] - torch.arange(self.blocks, device=self.device)
+
+    @cached_property
+    def causal(self) -> torch.Tensor:
+        """bool [T, nb]: blocks with a key that some row of the tile may see."""
+        return self.offsets >= 0
+
+    @cached_property
+    def base(self) -> torch.Tensor:
+        """bool [T, nb]: what every selection holds: block 0 (the sink), the diagonal and the block
+        before it, without which a tile's first rows would see no neighbour."""
+        base = (self.offsets == 0) | (self.offsets == 1)
+        base[:, 0] = True
+        return base
+
+    def dense_cost(self, tiles: int) -> float:
+        """Keys that each of the first `tiles` tiles reads on average when dense."""
+        return float((self.last_key[:tiles] + 1).double().mean()) if tiles else 0.0
+
+
+@dataclass
+class Selection:
+    """What the tiles of a chunk read, for all heads of a layer.
+
+    blocks: bool [T, H, nb].
+    columns: int32 [T, H, M], ascending where not negative; negative entries are no column.
+    """
+
+    chunk: Chunk
+    blocks: torch.Tensor
+    columns: torch.Tensor | None = None
+
+    @classmethod
+    def empty(cls, chunk: Chunk, heads: int) -> Selection:
+        shape = (chunk.tiles, heads, chunk.blocks)
+        return cls(chunk, torch.zeros(shape, dtype=torch.bool, device=chunk.device))
+
+    def set_blocks(self, heads: torch.Tensor, mask: torch.Tensor) -> None:
+        """Heads `heads` [h] read the blocks of `mask`, broadcastable to [T, h, nb]."""
+        self.blocks[:, heads] = mask.expand(self.chunk.tiles, len(heads), -1)
+
+    def set_columns(self, tiles: slice, heads: torch.Tensor, columns: torch.Tensor) -> None:
+        """Heads `heads` [h] read `columns` (broadcastable to [t, h, M]) in the tiles `tiles`."""
+        rows = range(self.chunk.tiles)[tiles]
+        width = columns.shape[-1]
+        have = 0 if self.columns is None else self.columns.shape[-1]
+        if have < width:
+            shape = (self.chunk.tiles, self.blocks.shape[1], width)
+            wider = torch.full(shape, -1, dtype=torch.int32, device=columns.device)
+            if self.columns is not None:
+                wider[..., :have] = self.columns
+            self.columns = wider
+        if self.columns is None:
+            return
+        columns = columns.to(torch.int32).expand(len(rows), len(heads), -1)
+        self.columns[tiles, heads, :width] = columns
+        self.columns[tiles, heads, width:] = -1
+
+    def add_columns(self, tile: int, heads: torch.Tensor, columns: torch.Tensor) -> None:
+        """Heads `heads` [h] read `columns` [h, M], -1 for none, in a tile beside what they have."""
+        if self.columns is None:
+            return self.set_columns(slice(tile, tile + 1), heads, columns)
+        both = torch.cat([self.columns[tile, heads], columns.to(torch.int32)], 1).sort(1).values
+        both[:, 1:][both[:, 1:] == both[:, :-1]] = -1
+        self.set_columns(slice(tile, tile + 1), heads, both)
+
+    def build(self) -> BlockIndices:
+        """CSR lists, without what causality hides and without columns inside selected blocks."""
+        self.blocks &= self.chunk.causal[:, None]
+        if self.columns is None:
+            return BlockIndices.from_masks(self.blocks)
+        block = (self.columns // BLOCK).clamp(min=0).long()
+        keep = ~self.blocks.gather(2, block)
+        keep &= (self.columns >= 0) & (self.columns <= self.chunk.last_key[:, None, None])
+        counts = keep.sum(-1, dtype=torch.int32).flatten()
+        offsets = counts.new_zeros(counts.numel() + 1)
+        torch.cumsum(counts, 0, out=offsets[1:])
+        return BlockIndices.from_masks(self.blocks, offsets, self.columns[keep])
+
+
+def columns_ascending(positions: torch.Tensor, keep: torch.Tensor, unused: int) -> torch.Tensor:
+    """Positions [h, M] where `keep` holds, ascending, then -1; cut to the longest row."""
+    order = positions.masked_fill(~keep, unused).sort(-1).values
+    order = order.masked_fill(order == unused, -1)
+    return order[:, : int(keep.sum(-1).max())] if keep.numel() else order[:, :0]

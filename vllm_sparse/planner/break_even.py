@@ -1,0 +1,226 @@
+"""From which context length on the sparse path is faster than the dense one, on this machine.
+
+Measured once, at the first start, and kept in the user's cache folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from vllm_sparse import __version__
+from vllm_sparse.kernels import cpu, sparse_prefill
+from vllm_sparse.patterns import ADAPTIVE
+
+from .plan import plan_prefill
+
+logger = logging.getLogger("vllm_sparse.planner")
+
+NEVER = 1 << 30  # tokens; longer than any context
+STEP = 256  # a measured break-even is a multiple of this
+# Below the first, nearly every block is in some row's window, and both paths are alike but for
+# noise.
+LENGTHS = (1024, 2048, 4096, 8192)
+CHUNK = 4096  # rows planned at a time where the caller does not say
+MAX_HEADS = 8  # measured at once: both paths cost in proportion to the heads
+PAGE = 64
+MAX_CACHE_BYTES = 1 << 20
+
+
+def break_even(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    threads: int,
+    *,
+    chunk: int = CHUNK,
+    budget: float = 2.0,
+    cache: Path | None = None,
+) -> int:
+    """Tokens of context from which sparse prefill is faster than dense; NEVER where it never is.
+
+    Args:
+        num_heads, num_kv_heads: of this process, so a tensor-parallel rank's own.
+        threads: of the kernels' pool, which the caller has sized.
+        chunk: most rows of a prefill step. Planning weighs more on short ones: in bf16 on a CPU
+            with matrix units, 1024 rows at a time do not pay before 15K tokens.
+        budget: seconds that measuring may take.
+        cache: file to keep the results in; default: in the user's cache folder.
+    """
+    cache = cache_file() if cache is None else cache
+    machine = f"{processor()}, {cpu.isa()}, {threads} threads"
+    shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}"
+    key = f"{machine}, {shape}, {__version__}"
+    known = _read(cache).get(key)
+    if isinstance(known, int) and not isinstance(known, bool) and 0 <= known <= NEVER:
+        return known
+    tokens = crossing(list(measure(dtype, head_size, num_heads, num_kv_heads, budget, chunk)))
+    _write(cache, key, tokens)
+    return tokens
+
+
+def measure(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    budget: float,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[int, float]]:
+    """(context length, sparse time / dense time), lengths ascending, until one falls below 1.
+
+    Stops as well before a length that the rest of the budget would not last for.
+    """
+    group = num_heads // num_kv_heads
+    kv_heads = max(1, min(num_kv_heads, MAX_HEADS // group))
+    begin = time.perf_counter()
+    spent = 0.0  # on the last length
+    for length in LENGTHS:
+        now = time.perf_counter()
+        # The next length costs up to four times the last one.
+        if now - begin + 4 * spent > budget:
+            return
+        sparse, dense = _paths(dtype, head_size, group * kv_heads, kv_heads, length, chunk)
+        # Each once to warm up, then interleaved; the shorter of two is the less disturbed.
+        sparse(), dense()
+        times = [(_timed(sparse), _timed(dense)) for _ in range(2)]
+        ratio = min(s for s, _ in times) / min(d for _, d in times)
+        yield length, ratio
+        if ratio < 1:
+            return
+        spent = time.perf_counter() - now
+
+
+def crossing(ratios: list[tuple[int, float]]) -> int:
+    """The length at which the ratio passes 1: a power law through the two nearest points.
+
+    Beyond the last point the law of the last two is trusted up to four times its length.
+    """
+    if not ratios:
+        return NEVER
+    (length, ratio), *before = ratios[::-1]
+    if not before:
+        # Faster at the shortest length already; nothing says from where on.
+        return _rounded(length) if ratio < 1 else NEVER
+    shorter, worse = before[0]
+    slope = math.log(ratio / worse) / math.log(length / shorter)
+    if slope >= 0:
+        return NEVER
+    at = length * math.exp(-math.log(ratio) / slope)
+    return _rounded(at) if at <= 4 * length else NEVER
+
+
+def _rounded(tokens: float) -> int:
+    return math.ceil(tokens / STEP) * STEP
+
+
+def _timed(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _paths(
+    dtype: torch.dtype, head_size: int, heads: int, kv_heads: int, length: int, chunk: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The sparse and the dense path over the last `chunk` of `length` tokens.
+
+    Three heads of four rest on a sink and on near tokens, as most heads of a trained model do.
+    The fourth attends keys all over the place: it is planned in vain, which the others must pay.
+    """
+    rng = torch.Generator().manual_seed(length)
+    pages = -(-length // PAGE)
+    position = torch.arange(pages * PAGE, dtype=torch.float64)[:, None]
+    # Pairs that turn once in 8 to 8192 tokens give a logit that falls by 3 for each doubling of
+    # the distance; the last pair of dimensions is left to the sink.
+    pairs = head_size // 2 - 1
+    angle = position / 8 * 1024 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    turned = torch.cat([angle.cos(), angle.sin()], 1).float()
+    turned = torch.nn.functional.pad(turned, (0, head_size - 2 * pairs))
+    scale = head_size**-0.5
+    keys = turned.clone()
+    keys[0] = 0
+    keys[0, -1] = 1.0
+    query = turned[length - min(chunk, length) : length] * (30 / pairs / scale)
+    query[:, -1] = 30 / scale
+    q = query[:, None].repeat(1, heads, 1)
+    scattered = q[:, 3::4]
+    scattered.copy_(torch.randn(scattered.shape, generator=rng) * 4)
+    q = q.to(dtype)
+    k_cache = keys.view(pages, 1, PAGE, head_size).expand(-1, kv_heads, -1, -1)
+    k_cache = k_cache.to(dtype).contiguous()
+    v_cache = torch.randn(k_cache.shape, generator=rng).to(dtype)
+    where = (
+        torch.arange(pages, dtype=torch.int32)[None],
+        torch.tensor([0, len(q)], dtype=torch.int32),
+        torch.tensor([length], dtype=torch.int32),
+    )
+
+    def dense() -> object:
+        return sparse_prefill(q, k_cache, v_cache, *where, None, scale=scale)
+
+    def sparse() -> object:
+        indices = plan_prefill(q, k_cache, *where, [ADAPTIVE] * heads, scale=scale, coverage=0.95)
+        return sparse_prefill(q, k_cache, v_cache, *where, indices, scale=scale)
+
+    return sparse, dense
+
+
+def processor() -> str:
+    """The processor's model."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def cache_file() -> Path:
+    """`vllm-sparse/break_even.json` in the user's cache folder."""
+    folder = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG rules say to ignore a relative path.
+    root = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~/.cache"))
+    return root / "vllm-sparse" / "break_even.json"
+
+
+def _read(path: Path) -> dict[str, object]:
+    """What the cache file holds; nothing where it cannot be read or is not ours."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_CACHE_BYTES + 1)
+        data = json.loads(text) if len(text) <= MAX_CACHE_BYTES else None
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        logger.debug("No break-even from %s: %s", path, error)
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _write(path: Path, key: str, tokens: int) -> None:
+    """Add a result; whole or not at all, and no error where the folder cannot be written."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**_read(path), key: tokens}, indent=1) + "\n"
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.debug("The break-even is not kept in %s: %s", path, error)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)

@@ -1,0 +1,118 @@
+"""What a worker process settles once: kernel threads, break-even length, pattern file."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import compat, log
+from .config import SparseConfig
+from .kernels import cpu
+from .patterns import ADAPTIVE, HeadPattern, PatternFile
+from .planner.break_even import NEVER
+from .planner.break_even import break_even as measure_break_even
+
+logger = log.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The facts about a model that a pattern file must agree with, over all ranks."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> Model:
+        """From vLLM's VllmConfig."""
+        model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        return cls(
+            layers=model.get_total_num_hidden_layers(),
+            heads=model.get_num_attention_heads(parallel) * parallel.tensor_parallel_size,
+            kv_heads=model.get_total_num_kv_heads(),
+            head_size=model.get_head_size(),
+        )
+
+
+@dataclass(frozen=True)
+class Runtime:
+    break_even: int  # tokens of context below which a chunk's prefill is dense
+    pattern_file: PatternFile | None
+
+    def patterns(self, layer: int, first_head: int, heads: int) -> tuple[HeadPattern, ...]:
+        """The patterns of this rank's query heads of a layer."""
+        if self.pattern_file is None:
+            return (ADAPTIVE,) * heads
+        return self.pattern_file.for_layer(layer, first_head, heads)
+
+
+@functools.cache
+def start(
+    config: SparseConfig,
+    model: Model,
+    *,
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Runtime:
+    """The Runtime for layers of one shape; heads are this rank's. Logs the start-up line.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+    """
+    pattern_file = fit_patterns(config, model)
+    threads = _size_pool()
+    break_even, source = config.break_even, "given"
+    if break_even is None:
+        break_even = measure_break_even(dtype, head_size, num_heads, num_kv_heads, threads)
+        source = "measured"
+    logger.info(
+        "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "
+        "decode %s, softmax %s, kernels %s x %d thread%s%s",
+        config.coverage,
+        "never" if break_even >= NEVER else f"{break_even} tokens",
+        source,
+        config.patterns or "adaptive",
+        config.decode,
+        config.softmax,
+        cpu.isa(),
+        threads,
+        "" if threads == 1 else "s",
+        f", dense layers {list(config.dense_layers)}" if config.dense_layers else "",
+    )
+    return Runtime(break_even, pattern_file)
+
+
+def fit_patterns(config: SparseConfig, model: Model) -> PatternFile | None:
+    """The pattern file of the settings, or None where they name none.
+
+    Raises:
+        ValueError: the file cannot be used, or it or `dense_layers` does not fit the model.
+    """
+    config.check_layers(model.layers)
+    if config.patterns is None:
+        return None
+    pattern_file = PatternFile.load(config.patterns)
+    pattern_file.check_model(
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_size=model.head_size,
+    )
+    return pattern_file
+
+
+@functools.cache
+def _size_pool() -> int:
+    """Give the kernels' pool as many threads as torch has here, on the same cores."""
+    threads = torch.get_num_threads()
+    cores = compat.worker_cores(threads)
+    cpu.set_threads(threads, cores)
+    logger.debug("The kernels' %d threads run on the cores %s", threads, cores or "(not pinned)")
+    return threads
