@@ -56,12 +56,11 @@ def test_text_from_the_command_line(key, value, expected):
 @pytest.mark.parametrize(
     "key, value, allowed",
     [
-        ("coverage", 1.5, "a number above 0, at most 1"),
-        ("coverage", 0, "a number above 0, at most 1"),
-        ("coverage", -0.1, "a number above 0, at most 1"),
-        ("coverage", float("nan"), "a number above 0, at most 1"),
-        ("coverage", True, "a number above 0, at most 1"),
-        ("coverage", None, "a number above 0, at most 1"),
+        ("coverage", 1.5, "a number from 0 to 1"),
+        ("coverage", -0.1, "a number from 0 to 1"),
+        ("coverage", float("nan"), "a number from 0 to 1"),
+        ("coverage", True, "a number from 0 to 1"),
+        ("coverage", None, "a number from 0 to 1"),
         ("break_even", -1, "a whole number of tokens from 0"),
         ("break_even", 0.5, "a whole number of tokens from 0"),
         ("break_even", True, "a whole number of tokens from 0"),

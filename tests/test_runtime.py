@@ -13,7 +13,9 @@ from vllm_sparse.patterns import ADAPTIVE, HeadPattern, PatternFile
 from vllm_sparse.planner.break_even import NEVER
 
 MODEL = runtime.Model(layers=4, heads=4, kv_heads=2, head_size=64)
-SHAPE = {"dtype": torch.float32, "head_size": 64, "num_heads": 4, "num_kv_heads": 2}
+SHAPE = {
+    "dtype": torch.float32, "head_size": 64, "num_heads": 4, "num_kv_heads": 2, "chunk": 512,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -24,7 +26,7 @@ def start(monkeypatch):
     assert isinstance(runtime.logger, logging.Logger)
 
     def run(measured: int = 2048, **settings):
-        monkeypatch.setattr(runtime, "measure_break_even", lambda *args: measured)
+        monkeypatch.setattr(runtime, "measure_break_even", lambda *args, chunk: measured)
         runtime.start.cache_clear()
         started = runtime.start(SparseConfig(**settings), MODEL, **SHAPE)
         return started, lines[-1]

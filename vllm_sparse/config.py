@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 SECTION = 'additional_config["sparse"]'
 
 ALLOWED = {
-    "coverage": "a number above 0, at most 1: the share of attention mass that a head must cover",
+    "coverage": "a number from 0 to 1: the share of attention mass that a head must cover",
     "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
     "decode": '"dense"',
@@ -30,7 +30,7 @@ class SparseConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    coverage: float = Field(0.95, gt=0, le=1)
+    coverage: float = Field(0.95, ge=0, le=1)
     break_even: int | None = Field(None, ge=0)
     patterns: str | None = None
     decode: Literal["dense"] = "dense"

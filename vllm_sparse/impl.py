@@ -70,6 +70,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             head_size=head_size,
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
+            chunk=vllm_config.scheduler_config.max_num_batched_tokens,
         )
         self.break_even = self.runtime.break_even
         # The layer's number is first seen in forward.

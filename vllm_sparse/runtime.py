@@ -60,8 +60,10 @@ def start(
     head_size: int,
     num_heads: int,
     num_kv_heads: int,
+    chunk: int,
 ) -> Runtime:
-    """The Runtime for layers of one shape; heads are this rank's. Logs the start-up line.
+    """The Runtime for layers of one shape; heads are this rank's, `chunk` is the most tokens of a
+    step. Logs the start-up line.
 
     Raises:
         ValueError: settings that do not fit the model.
@@ -70,7 +72,9 @@ def start(
     threads = _size_pool()
     break_even, source = config.break_even, "given"
     if break_even is None:
-        break_even = measure_break_even(dtype, head_size, num_heads, num_kv_heads, threads)
+        break_even = measure_break_even(
+            dtype, head_size, num_heads, num_kv_heads, threads, chunk=chunk
+        )
         source = "measured"
     logger.info(
         "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "

@@ -46,8 +46,8 @@ def plan_prefill(
     query_lens = [end - begin for begin, end in pairwise(starts)]
     if len(patterns) != q.shape[1]:
         raise ValueError(f"patterns: got {len(patterns)} for {q.shape[1]} heads; give one for each")
-    if not 0.0 < coverage <= 1.0:
-        raise ValueError(f"coverage: got {coverage}; allowed: above 0, at most 1")
+    if not 0.0 <= coverage <= 1.0:
+        raise ValueError(f"coverage: got {coverage}; allowed: 0 to 1")
     if coverage == 1.0:
         return BlockIndices.everything(query_lens, lengths, q.shape[1], q.device)
     parts = []
