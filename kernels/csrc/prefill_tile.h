@@ -188,10 +188,15 @@ void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
     head.clear();
     const T* q = static_cast<const T*>(a.q) + place.begin * a.q_row_stride +
                  (w.head + g) * a.q_head_stride;
-    for (int64_t d = 0; d < head_size; ++d) {
-      for (int r = 0; r < kTile; ++r) {
-        head.q[d * kTile + r] =
-            r < place.rows ? to_float(q[r * a.q_row_stride + d]) * shape.scale : 0.0f;
+    for (int c = 0; c < kTile; c += kLanes) {
+      for (int64_t d = 0; d < head_size; d += kLanes) {
+        Vec r[kLanes];
+        for (int i = 0; i < kLanes; ++i) {
+          r[i] = c + i < place.rows ? load_row(q + (c + i) * a.q_row_stride + d) * shape.scale
+                                    : Vec{};
+        }
+        transpose(r);
+        for (int i = 0; i < kLanes; ++i) store(head.q + (d + i) * kTile + c, r[i]);
       }
     }
   }

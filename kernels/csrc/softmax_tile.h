@@ -75,12 +75,19 @@ inline void softmax_step(const SoftmaxTile& s, int count) {
 template <class T>
 void write_tile(const Prefill& a, const SoftmaxTile& s, const TilePlace& place, int64_t head) {
   T* out = static_cast<T*>(a.out) + place.begin * a.out_row_stride + head * a.out_head_stride;
+  for (int c = 0; c < kTile && c < place.rows; c += kLanes) {
+    const Vec sum = load(s.sum + c);
+    const Vec inverse = select(sum > 0.0f, 1.0f / sum, Vec{});
+    const int rows = place.rows - c < kLanes ? place.rows - c : kLanes;
+    for (int64_t d = 0; d < s.head_size; d += kLanes) {
+      Vec r[kLanes];
+      for (int i = 0; i < kLanes; ++i) r[i] = load(s.out + (d + i) * kTile + c) * inverse;
+      transpose(r);
+      for (int i = 0; i < rows; ++i) store_row(out + (c + i) * a.out_row_stride + d, r[i]);
+    }
+  }
   for (int r = 0; r < place.rows; ++r) {
     const float sum = s.sum[r];
-    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
-    for (int64_t d = 0; d < s.head_size; ++d) {
-      from_float(s.out[d * kTile + r] * inverse, out + r * a.out_row_stride + d);
-    }
     a.lse[(place.begin + r) * a.shape.num_heads + head] =
         sum > 0.0f ? s.top[r] + std::log(sum) : -kInf;
   }

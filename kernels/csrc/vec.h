@@ -38,6 +38,27 @@ inline Vec splat(float x) { return Vec{} + x; }
 inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// a0 b0 a1 b1 ... of the lower, and of the upper halves.
+#if VLLM_SPARSE_LANES == 16
+inline Vec interleave_low(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline Vec interleave_high(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+}
+#elif VLLM_SPARSE_LANES == 8
+inline Vec interleave_low(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+inline Vec interleave_high(Vec a, Vec b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#else
+inline Vec interleave_low(Vec a, Vec b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#endif
+
 // exp for x <= 0 (and a little above), 0 below -87.3 and for -inf; relative error below 2e-7.
 inline Vec exp(Vec x) {
   const Vec lowest = splat(-87.3f);
@@ -152,6 +173,35 @@ inline Vec load_row(const Float16* p) {
   y = (y & ~is_special) | (special & is_special);
   return as_floats(y | (bits & 0x8000) << 16);
 #endif
+}
+
+// kLanes fp32 numbers to storage.
+template <class T>
+inline void store_row(T* to, Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int i = 0; i < kLanes; ++i) from_float(lanes[i], to + i);
+}
+inline void store_row(float* to, Vec v) { store(to, v); }
+#if defined(__AVX512F__)
+inline void store_row(Float16* to, Vec v) {
+  const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), half);
+}
+#endif
+
+// Transposes kLanes x kLanes numbers: each step interleaves row i with row i + kLanes / 2.
+inline void transpose(Vec r[kLanes]) {
+  Vec t[kLanes];
+  for (int step = 1; step < kLanes; step *= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes / 2; ++i) {
+      t[2 * i] = interleave_low(r[i], r[i + kLanes / 2]);
+      t[2 * i + 1] = interleave_high(r[i], r[i + kLanes / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = t[i];
+  }
 }
 
 template <class T>
