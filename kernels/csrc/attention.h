@@ -83,8 +83,9 @@ struct Kernels {
   void (*prefill_tile)(const Prefill&, const TileWork&, float* scratch);
   size_t (*decode_scratch)(const Shape&);
   void (*decode_split)(const Decode&, const SplitWork&, float* scratch);
-  // Joins `parts` partial results [parts, G, D] / [parts, G] into the output rows of a KV head.
-  void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, const float* out,
+  // Joins `parts` partial results [parts, G, D] / [parts, G] into the output rows of a KV head;
+  // the sum is made in place.
+  void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, float* out,
                        const float* lse, int64_t parts);
 };
 

@@ -36,8 +36,8 @@ void decode_split_any(const Decode& a, const SplitWork& w, float* scratch) {
   }
 }
 
-void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, const float* out,
-                      const float* lse, int64_t parts) {
+void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, float* out, const float* lse,
+                      int64_t parts) {
   switch (a.shape.dtype) {
     case kFloat32: return decode_merge<float>(a, seq, kv_head, out, lse, parts);
     case kBFloat16: return decode_merge<BFloat16>(a, seq, kv_head, out, lse, parts);

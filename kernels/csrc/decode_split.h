@@ -185,7 +185,7 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
 }
 
 template <class T>
-void decode_merge(const Decode& a, int64_t seq, int64_t kv_head, const float* parts_out,
+void decode_merge(const Decode& a, int64_t seq, int64_t kv_head, float* parts_out,
                   const float* parts_lse, int64_t parts) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
@@ -196,14 +196,21 @@ void decode_merge(const Decode& a, int64_t seq, int64_t kv_head, const float* pa
     for (int64_t p = 0; p < parts; ++p) top = std::fmax(top, parts_lse[p * group + g]);
     const float base = top == -kInf ? 0.0f : top;
     float sum = 0.0f;
-    for (int64_t p = 0; p < parts; ++p) sum += std::exp(parts_lse[p * group + g] - base);
-    T* out = static_cast<T*>(a.out) + seq * a.out_row_stride + head * a.out_head_stride;
-    for (int64_t d = 0; d < head_size; ++d) {
-      float value = 0.0f;
-      for (int64_t p = 0; p < parts; ++p) {
-        value += std::exp(parts_lse[p * group + g] - base) * parts_out[(p * group + g) * head_size + d];
+    for (int64_t p = 0; p < parts; ++p) {
+      const float weight = std::exp(parts_lse[p * group + g] - base);
+      float* part = parts_out + (p * group + g) * head_size;
+      float* first = parts_out + g * head_size;
+      for (int64_t d = 0; d < head_size; d += kLanes) {
+        const Vec weighted = load(part + d) * weight;
+        store(first + d, p == 0 ? weighted : load(first + d) + weighted);
       }
-      from_float(sum > 0.0f ? value / sum : 0.0f, out + d);
+      sum += weight;
+    }
+    T* out = static_cast<T*>(a.out) + seq * a.out_row_stride + head * a.out_head_stride;
+    const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      const Vec value = parts > 0 ? load(parts_out + g * head_size + d) * inverse : Vec{};
+      store_row(out + d, value);
     }
     a.lse[seq * shape.num_heads + head] = sum > 0.0f ? base + std::log(sum) : -kInf;
   }
