@@ -204,7 +204,8 @@ def test_padding_rows_are_left_alone(llama):
     layer.admit(0)
     q, k, v = Tokens((4, 2, 64))([1] * 8, 0)
     layer.step([(0, 0, 5)], q[:5], k[:5], v[:5])
-    metadata = layer.builder.build(0, layer._common([(0, 5, 1)], [0], None))
+    # The last of the five again, in a batch that is padded to eight rows.
+    metadata = layer.builder.build(0, layer._common([(0, 4, 1)], [0], None))
     out = torch.full_like(q, 7.0)
     layer.layer.impl.forward(layer.layer, q, k, v, layer.cache, metadata, out)
     assert (out[1:] == 7.0).all()

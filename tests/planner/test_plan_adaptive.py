@@ -295,3 +295,21 @@ def test_bad_arguments_are_refused_by_name():
         plan(heads.uniform()[:, None], heads.keys[None], patterns=[ADAPTIVE] * 2)
     with pytest.raises(ValueError, match=r"coverage: got 1\.5; allowed"):
         plan(heads.uniform()[:, None], heads.keys[None], coverage=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_torchs_default_dtype_does_not_matter(dtype: torch.dtype):
+    """vLLM sets it to the model's while it loads a model."""
+    n, rows = 4096, 1024
+    heads = Heads(n, columns=100)
+    queries = torch.stack([heads.sink_window(0.5), heads.vertical(), heads.slash(64)], 1)
+    queries = torch.cat([queries, torch.randn_like(queries[:, :1])], 1)
+    before = torch.get_default_dtype()
+    expected = plan(queries, heads.keys[None], rows)
+    try:
+        torch.set_default_dtype(dtype)
+        got = plan(queries, heads.keys[None], rows)
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(got.blocks, expected.blocks)
+    assert torch.equal(got.columns, expected.columns)

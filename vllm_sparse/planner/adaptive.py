@@ -48,11 +48,15 @@ class Request:
     ) -> Request:
         return cls(
             torch.tensor(heads, device=device),
-            torch.tensor([coverage if p.coverage is None else p.coverage for p in patterns]).to(
-                device
+            # Types are spelled out: when the break-even is measured, vLLM is loading a model, and
+            # torch's default type is the model's.
+            torch.tensor(
+                [coverage if p.coverage is None else p.coverage for p in patterns],
+                dtype=torch.float32,
+                device=device,
             ),
-            torch.tensor([[p.kind in ("adaptive", kind) for kind in KINDS] for p in patterns]).to(
-                device
+            torch.tensor(
+                [[p.kind in ("adaptive", kind) for kind in KINDS] for p in patterns], device=device
             ),
         )
 
@@ -186,9 +190,9 @@ class _Part:
     @classmethod
     def empty(cls, device: torch.device, heads: int, rows: int, blocks: int, width: int) -> _Part:
         return cls(
-            torch.empty(heads, rows, blocks, device=device),
+            torch.empty(heads, rows, blocks, dtype=torch.float32, device=device),
             torch.zeros(heads, width, dtype=torch.int64, device=device),
-            torch.empty(heads, rows, width, device=device),
+            torch.empty(heads, rows, width, dtype=torch.float32, device=device),
         )
 
 
@@ -208,7 +212,7 @@ def compete(
     """Give each head its cheapest pattern; returns the heads [h] that none pays for."""
     chunk, coverage, heads = selection.chunk, request.coverage, request.heads
     group = queries.shape[1] // keys.shape[0]
-    cost = torch.full((len(heads), len(KINDS)), torch.inf, device=chunk.device)
+    cost = coverage.new_full((len(heads), len(KINDS)), torch.inf)
     cost[:, 0], offset = a_shape.candidate(chunk, samples, coverage)
     cost.masked_fill_(~request.kinds, torch.inf)
     # A window of a few blocks is hard to beat, so these heads look no further.

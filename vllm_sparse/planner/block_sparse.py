@@ -62,10 +62,12 @@ def candidate(
     heads, _, _ = samples.blocks.shape
     gap = score.amax(-1, keepdim=True) - score  # [h, T, nb], inf in the future
     gap.nan_to_num_(nan=0.0, posinf=torch.inf)
-    edges = SMALLEST * (LARGEST / SMALLEST) ** torch.linspace(0, 1, LEVELS, device=score.device)
+    edges = SMALLEST * (LARGEST / SMALLEST) ** torch.linspace(
+        0, 1, LEVELS, dtype=torch.float32, device=score.device
+    )
     level = torch.bucketize(gap, edges)  # LEVELS: never
     rest = ~chunk.base & chunk.causal
-    counted = torch.zeros(heads, LEVELS + 1, device=score.device)
+    counted = torch.zeros(heads, LEVELS + 1, dtype=torch.float32, device=score.device)
     body = slice(0, samples.body)
     used = rest[body].expand(heads, -1, -1).flatten(1).float()
     counted.scatter_add_(1, level[:, body].flatten(1), used)

@@ -161,7 +161,7 @@ def _paths(
     query[:, -1] = 30 / scale
     q = query[:, None].repeat(1, heads, 1)
     scattered = q[:, 3::4]
-    scattered.copy_(torch.randn(scattered.shape, generator=rng) * 4)
+    scattered.copy_(torch.randn(scattered.shape, generator=rng, dtype=torch.float32) * 4)
     q = q.to(dtype)
     k_cache = keys.view(pages, 1, PAGE, head_size).expand(-1, kv_heads, -1, -1)
     k_cache = k_cache.to(dtype).contiguous()

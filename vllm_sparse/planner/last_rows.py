@@ -51,7 +51,7 @@ def select(
         chosen = heaviest(left.clamp_(min=0.0), need).any(1) | base
         single = ~chosen.gather(1, block_of[:, :count])
         single &= mass.amax(1) > 0 if count else single
-        cost = chosen.sum(1) * float(BLOCK) + single.sum(1) * COLUMN_COST
+        cost = chosen.sum(1).float() * BLOCK + single.sum(1).float() * COLUMN_COST
         better = cost < best_cost
         best_cost = torch.where(better, cost, best_cost)
         best_blocks = torch.where(better[:, None], chosen, best_blocks)

@@ -125,4 +125,4 @@ class Samples:
         """[h, M]: keys that a tile reads on average for each candidate column."""
         # Tiles from the column's own on see it.
         tile = ((self.columns - self.chunk.start) // TILE).clamp(min=0)
-        return COLUMN_COST * (self.body - tile).clamp(min=0) / self.body
+        return COLUMN_COST * (self.body - tile).clamp(min=0).float() / self.body
