@@ -108,7 +108,7 @@ def measure_chunk(totals, layer, q, k, v, seq_len, coverage, repeats) -> None:
     k_cache, v_cache = cache[..., :head_size], cache[..., head_size:]
     write_kv(k[:seq_len], v[:seq_len], k_cache, v_cache, torch.arange(seq_len))
     where = (
-        torch.randperm(pages).to(torch.int32)[None] * 0 + torch.arange(pages, dtype=torch.int32),
+        torch.arange(pages, dtype=torch.int32)[None],
         torch.tensor([0, rows], dtype=torch.int32),
         torch.tensor([seq_len], dtype=torch.int32),
     )
@@ -156,7 +156,7 @@ def rows_of(name: str, length: int, dtype: str, coverage: float, t: Totals) -> l
         why = f"everything selected differs from vLLM's output by {t.dense_error:.2g}"
     elif t.coverage < coverage - COVERAGE_SLACK:
         why = f"covered {t.coverage:.3f} of the mass, asked for {coverage}"
-    suffix = f"{name}" if dtype == "float32" else f"{name}_{dtype}"
+    suffix = name if dtype == "float32" else f"{name}_{dtype}"
     ours = t.index_s + t.sparse_s
     allowed = t.density / 0.85 + 0.05
     found = [
@@ -174,8 +174,10 @@ def rows_of(name: str, length: int, dtype: str, coverage: float, t: Totals) -> l
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--lengths", default="4k,16k,32k", help="of 1k, 2k, 4k, 8k, 16k, 32k")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    lengths = ["1k", "2k", "4k", "8k", "16k", "32k"]
+    parser.add_argument("--lengths", nargs="+", choices=lengths, default=["4k", "16k", "32k"])
+    dtypes = ["float32", "bfloat16", "float16"]
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=dtypes[:2])
     parser.add_argument("--coverage", type=float, default=0.95)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
@@ -186,8 +188,8 @@ def main() -> None:
 
     torch.set_num_threads(1)
     rows = []
-    for dtype in options.dtypes.split(","):
-        for name in options.lengths.split(","):
+    for dtype in options.dtypes:
+        for name in options.lengths:
             length = int(name.removesuffix("k")) * 1024
             totals = measure(length, dtype, options.coverage, options.repeats)
             rows += rows_of(name, length, dtype, options.coverage, totals)

@@ -246,6 +246,10 @@ def _fill(
             f"caches: got k {tuple(k_cache.shape)}, v {tuple(v_cache.shape)} for head size "
             f"{head_size}; both must be [pages, kv_heads, page, {head_size}]"
         )
+    if k_cache.shape[2] % 16:
+        raise ValueError(
+            f"caches: got pages of {k_cache.shape[2]} tokens; a page must be a multiple of 16"
+        )
     if heads % kv_heads or head_size % 16:
         raise ValueError(
             f"heads: got {heads} query heads, {kv_heads} KV heads, head size {head_size}; query "

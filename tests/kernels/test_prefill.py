@@ -181,6 +181,10 @@ def test_more_threads_give_the_same_result():
         ({"q": lambda c: c.q[:, :3]}, "multiple of KV heads"),
         ({"block_table": lambda c: c.block_table.long()}, "int64"),
         ({"query_start_loc": lambda c: c.query_start_loc[:1]}, "query_start_loc"),
+        (
+            {"k_cache": lambda c: c.k_cache[:, :, :8], "v_cache": lambda c: c.v_cache[:, :, :8]},
+            "pages of 8",
+        ),
         ({"q": lambda c: c.q.transpose(0, 2).contiguous().transpose(0, 2)}, "stride"),
     ],
     ids=lambda x: x if isinstance(x, str) else next(iter(x)),
