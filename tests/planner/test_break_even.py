@@ -56,7 +56,7 @@ def test_measuring_stops_before_its_time_is_over(monkeypatch, budget: float, len
     ratios = list(measure(*SHAPE, budget))
     assert [length for length, _ in ratios] == list(module.LENGTHS[:lengths])
     assert clock.now <= max(budget, 0.0)
-    assert all(ratio == pytest.approx(1.5) for _, ratio in ratios)
+    assert all(ratio == pytest.approx(1.5 / module.WORTH) for _, ratio in ratios)
 
 
 def test_the_paths_run_and_the_first_that_pays_is_the_last():
