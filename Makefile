@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 CHECKPOINT := checkpoints/lean
 # What the installed package is made from; everything else of it is read from the checkout.
-BUILT := setup.py pyproject.toml vllm_sparse/__init__.py $(wildcard kernels/csrc/*)
+BUILT := setup.py pyproject.toml vllm_sparse/__init__.py $(wildcard kernels/csrc/* cpu_offload/csrc/*)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -11,6 +11,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 CSRC = "kernels/csrc"
+OFFLOAD_CSRC = "cpu_offload/csrc"
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX512 = [
@@ -20,14 +21,25 @@ AVX512 = [
 # One source per instruction set: each is compiled with its own flags and chosen at run time,
 # so that one wheel serves every CPU of an architecture.
 ISA_FLAGS = {
-    f"{CSRC}/attention_generic.cpp": [],
-    f"{CSRC}/attention_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    f"{CSRC}/attention_avx512.cpp": AVX512,
-    f"{CSRC}/attention_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],
+    "generic": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
+    "amx": [*AVX512, "-mamx-tile", "-mamx-bf16"],
 }  # fmt: skip
-SOURCES = [f"{CSRC}/api.cpp", f"{CSRC}/thread_pool.cpp", f"{CSRC}/attention_generic.cpp"]
-if X86:
-    SOURCES += [f"{CSRC}/attention_{isa}.cpp" for isa in ("avx2", "avx512", "amx")]
+SOURCES = [
+    f"{CSRC}/api.cpp",
+    f"{CSRC}/thread_pool.cpp",
+    f"{OFFLOAD_CSRC}/offload_api.cpp",
+    f"{OFFLOAD_CSRC}/lsh_tables.cpp",
+]
+SOURCE_FLAGS = {}
+for isa, flags in ISA_FLAGS.items() if X86 else [("generic", [])]:
+    if isa != "avx512_bf16":
+        SOURCE_FLAGS[f"{CSRC}/attention_{isa}.cpp"] = flags
+    if isa != "amx":
+        SOURCE_FLAGS[f"{OFFLOAD_CSRC}/gather_{isa}.cpp"] = flags
+SOURCES += SOURCE_FLAGS
 
 
 class BuildKernels(build_ext):
@@ -40,7 +52,7 @@ class BuildKernels(build_ext):
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
-                extra_postargs=ext.extra_compile_args + ISA_FLAGS.get(source, []),
+                extra_postargs=ext.extra_compile_args + SOURCE_FLAGS.get(source, []),
                 depends=ext.depends,
             )
         ext_path = Path(self.get_ext_fullpath(ext.name))
@@ -87,7 +99,12 @@ setup(
         Extension(
             "vllm_sparse.kernels._cpu",
             SOURCES,
-            depends=[str(p.relative_to(ROOT)) for p in (ROOT / CSRC).glob("*.h")],
+            include_dirs=[CSRC, OFFLOAD_CSRC],
+            depends=[
+                str(p.relative_to(ROOT))
+                for folder in (CSRC, OFFLOAD_CSRC)
+                for p in (ROOT / folder).glob("*.h")
+            ],
             extra_compile_args=["-std=c++17", "-O3", "-fno-math-errno", "-fvisibility=hidden"],
             extra_link_args=["-pthread"],
             language="c++",

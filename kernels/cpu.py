@@ -91,6 +91,12 @@ def _native() -> ctypes.CDLL | None:
     return library
 
 
+def library() -> ctypes.CDLL | None:
+    """The loaded extension, for kernels that are bound elsewhere; None, with one warning, where
+    it could not be built."""
+    return _native()
+
+
 def native_error() -> str | None:
     """Why the native extension is not used, or None when it is."""
     library = _library()

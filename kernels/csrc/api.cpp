@@ -4,15 +4,8 @@
 #include <new>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "attention.h"
+#include "cpu_features.h"
 #include "thread_pool.h"
 
 #define VLLM_SPARSE_API extern "C" __attribute__((visibility("default")))
@@ -20,37 +13,15 @@
 namespace vllm_sparse {
 namespace {
 
-#if defined(__x86_64__)
-// Tiles must be asked for, once a process: Linux saves their 8 KiB only for who uses them.
-bool have_amx() {
-#if defined(__linux__)
-  unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool tiles_and_bf16 = (d >> 24 & 1) && (d >> 22 & 1);
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return tiles_and_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-#endif
-
 // The kernels that this CPU runs, the best first; ends with null.
 const Kernels* const* available() {
   static const Kernels* found[5] = {};
   static const bool once = [] {
     int n = 0;
 #if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      if (have_amx()) found[n++] = amx_kernels();
-      found[n++] = avx512_kernels();
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      found[n++] = avx2_kernels();
-    }
+    if (have_avx512() && have_amx()) found[n++] = amx_kernels();
+    if (have_avx512()) found[n++] = avx512_kernels();
+    if (have_avx2()) found[n++] = avx2_kernels();
 #endif
     found[n++] = generic_kernels();
     return true;

@@ -49,13 +49,12 @@ inline void prefetch_row(const T* row, int64_t head_size) {
 constexpr int kAhead = 8;
 
 // scores[g, n] = q[g] . keys[n] for `kGroup` query heads and `count` keys, rounded up to fours.
-// There are kAhead rows more in `keys`, the last ones repeated if need be.
-template <int kGroup, class T>
-inline void decode_score(const float* q, const T* const* keys, const T* const* values, int count,
-                         int64_t head_size, float* scores) {
+// ahead(n) is called before keys n .. n + 3, to fetch what comes later.
+template <int kGroup, class T, class Ahead>
+inline void decode_score(const float* q, const T* const* keys, int count, int64_t head_size,
+                         float* scores, const Ahead& ahead) {
   for (int n = 0; n < count; n += 4) {
-    for (int i = n; i < n + 4; ++i) prefetch_row(keys[i + kAhead], head_size);
-    for (int i = n; i < n + 4 && i < count; ++i) prefetch_row(values[i], head_size);
+    ahead(n);
     Vec acc[kGroup][4] = {};
     for (int64_t d = 0; d < head_size; d += kLanes) {
       Vec x[4];
@@ -161,7 +160,7 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
   }
   std::memset(w.out, 0, group * head_size * sizeof(float));
 
-  constexpr int kRows = kBlock + kAhead;
+  constexpr int kRows = kBlock + kAhead;  // the last ones repeated if need be
   int64_t positions[kRows];
   const T* keys[kRows];
   const T* values[kRows];
@@ -171,9 +170,12 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
     for (int n = 0; n < found; ++n) positions[n] = first + n;
     rows.find(positions, found, keys, values);
     for (int n = found; n < kRows; ++n) keys[n] = keys[found - 1];
+    const auto ahead = [&](int n) {
+      for (int i = n; i < n + 4; ++i) prefetch_row(keys[i + kAhead], head_size);
+      for (int i = n; i < n + 4 && i < count; ++i) prefetch_row(values[i], head_size);
+    };
     for_heads(group, [&](int g, auto heads) {
-      decode_score<heads>(q + g * head_size, keys, values, count, head_size,
-                          scores + g * kBlock);
+      decode_score<heads>(q + g * head_size, keys, count, head_size, scores + g * kBlock, ahead);
     });
     for (int g = 0; g < group; ++g) {
       for (int n = count; n < kBlock; ++n) scores[g * kBlock + n] = -kInf;

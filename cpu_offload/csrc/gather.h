@@ -1,0 +1,112 @@
+// Attention over chosen rows of a context in host memory: what the C interface hands to the
+// kernels. Mirrored field by field in cpu_offload/native.py.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace vllm_sparse {
+
+constexpr int64_t kInt8 = 3;  // after the DType of kernels/csrc/attention.h
+
+// The rows of one KV head, each a key and its value. A context is cut into segments of 2^shift
+// rows, which lie anywhere in one buffer: row r is at
+// rows + segments[r >> shift] + (r & (2^shift - 1)) * row_bytes.
+// All in bytes and 64 bits wide: a store may hold more than 2^31 rows.
+struct RowView {
+  const char* rows;
+  const char* scales;  // of int8 rows: (of K, of V) as two floats a row; else null
+  const int64_t* segments;
+  int64_t shift;
+  int64_t row_bytes;
+  int64_t length;  // rows of the context
+};
+
+// One query token's heads of one KV head, and the rows that they read.
+struct GatherItem {
+  RowView view;
+  const float* q;         // [G, D]
+  const int64_t* rows;    // [count] in any order; null: all rows of the context
+  const float* log_prob;  // [count], taken off the logits; null: zeros
+  int64_t count;
+  float* out;  // [G, D]
+  float* lse;  // [G]
+};
+
+struct Gather {
+  int64_t dtype, head_size, group, num_items;
+  int64_t bf16_queries;  // not 0: every query is a bfloat16 number
+  float scale;
+  const GatherItem* items;
+};
+
+struct GatherSplit {
+  const GatherItem* item;
+  int64_t first, last;  // of the item's rows
+  float* out;           // [G, D]
+  float* lse;           // [G]
+};
+
+// Finds the hash codes of a query, and the rows that share at least two buckets with it.
+struct LshSegment {
+  const uint16_t* ids;      // [Hkv, L, 2^shift], the rows of each table by bucket
+  const uint32_t* offsets;  // [Hkv, L, 2^K + 1], where each bucket begins
+  const uint16_t* recent;   // [Hkv, L, recent_stride], codes of the rows not in the tables yet
+  const float* centre;      // [Hkv, D], what the keys were centred by
+  int64_t built, length, recent_stride;
+};
+
+struct LshItem {
+  RowView view;
+  const float* q;  // [G, D]
+  const LshSegment* segments;
+  int64_t kv_head;
+  int64_t* rows;    // [capacity], ascending
+  float* log_prob;  // [capacity]
+  float* along;     // [capacity], how far each key, centred, goes along the queries' mean direction
+  int64_t capacity;
+  int64_t count;  // written: rows found, more than capacity where they did not fit
+};
+
+struct Lsh {
+  int64_t dtype, head_size, group, num_items, bits, tables;
+  const float* directions;     // [D, L * K]
+  const float* log_inclusion;  // ln u at kInclusionSteps + 1 cosines from -1 to 1
+  LshItem* items;
+};
+
+constexpr int kInclusionSteps = 4096;
+
+// Logits of every row: [G, length].
+struct ScoreItem {
+  RowView view;
+  const float* q;  // [G, D]
+  float* scores;   // [G, length]
+};
+
+struct Score {
+  int64_t dtype, head_size, group, num_items;
+  float scale;
+  const ScoreItem* items;
+};
+
+// The kernels of one instruction set. Scratch is counted in floats.
+struct GatherKernels {
+  const char* name;
+  size_t (*gather_scratch)(const Gather&);
+  void (*gather)(const Gather&, const GatherSplit&, float* scratch);
+  size_t (*lsh_scratch)(const Lsh&);
+  void (*lsh)(const Lsh&, LshItem&, float* scratch);
+  size_t (*score_scratch)(const Score&);
+  void (*score)(const Score&, const ScoreItem&, int64_t first, int64_t last, float* scratch);
+  float (*read)(const char* from, int64_t bytes);  // sums up memory, for comparison
+};
+
+const GatherKernels* gather_generic();
+#if defined(__x86_64__)
+const GatherKernels* gather_avx2();
+const GatherKernels* gather_avx512();
+const GatherKernels* gather_avx512_bf16();
+#endif
+
+}  // namespace vllm_sparse

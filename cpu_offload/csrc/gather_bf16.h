@@ -1,0 +1,155 @@
+// bfloat16 rows on the instructions that multiply pairs of them (AVX512_BF16): products are exact,
+// sums fp32. The weights of the values are rounded to bfloat16, as in other flash kernels.
+#pragma once
+
+#include "gather_split.h"
+
+namespace vllm_sparse {
+namespace {
+
+// Lane j of the result is the sum of the lanes of acc[j].
+inline __m512 sums_of_16(const __m512* acc) {
+  __m512 pair[8], four[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(acc[2 * i], acc[2 * i + 1]),
+                            _mm512_unpackhi_ps(acc[2 * i], acc[2 * i + 1]));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                                 _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
+                                 _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+}
+
+inline __m512bh load_pairs(const BFloat16* p, __mmask32 mask) {
+  return (__m512bh)_mm512_maskz_loadu_epi16(mask, p);
+}
+
+// Heads are taken four, two or one at a time. The first pass over the keys of a chunk takes its
+// values along, interleaved by pairs of rows as the products want them: a row is then read from one
+// end to the other, 1.2 times as fast for blocks of rows as keys now and values later.
+struct PairedBFloat16 {
+  using T = BFloat16;
+  const int64_t head_size, stride_;
+  const int group;
+  BFloat16* pairs;    // [32, 2 * stride] values of rows 2n and 2n + 1, 16 of each in turn
+  BFloat16* q;        // [G, stride]
+  uint32_t* weights;  // [G, 32] pairs of weights, the row of lower number in the lower half
+
+  static int64_t stride(int64_t head_size) { return (head_size + 31) / 32 * 32; }
+  static size_t floats(const Gather& a) {
+    return kBlock / 2 * stride(a.head_size) + a.group * (stride(a.head_size) / 2 + kBlock / 2);
+  }
+
+  PairedBFloat16(const Gather& a, const GatherItem& item, float* scratch)
+      : head_size(a.head_size),
+        stride_(stride(a.head_size)),
+        group(static_cast<int>(a.group)),
+        pairs(reinterpret_cast<BFloat16*>(scratch)),
+        q(pairs + kBlock * stride_),
+        weights(reinterpret_cast<uint32_t*>(q + group * stride_)) {
+    for (int g = 0; g < group; ++g) {
+      for (int64_t d = 0; d < stride_; ++d) {
+        from_float(d < head_size ? item.q[g * head_size + d] : 0.0f, q + g * stride_ + d);
+      }
+    }
+  }
+
+  __mmask32 mask(int64_t d) const { return head_size - d >= 32 ? ~0u : 0xffffu; }
+
+  void take_values(const Chunk<T>& now, Feed& feed, int n) const {
+    BFloat16* to = pairs + n * stride_;
+    for (int64_t d = 0; d < head_size; d += 32, to += 64) {
+      const __m512i x = (__m512i)load_pairs(now.values[n] + d, mask(d));
+      const __m512i y = (__m512i)load_pairs(now.values[n + 1] + d, mask(d));
+      _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
+      _mm512_store_si512(to + 32, _mm512_unpackhi_epi16(x, y));
+      feed.lines(1);
+    }
+  }
+
+  template <int kHeads>
+  void score_heads(const Chunk<T>& now, Feed& feed, int g0, float* scores) const {
+    constexpr int kRows = 16 / kHeads;
+    for (int n = 0; n < now.count; n += kRows) {
+      for (int i = n; g0 == 0 && i < n + kRows; i += 2) take_values(now, feed, i);
+      __m512 acc[16] = {};
+      for (int64_t d = 0; d < head_size; d += 32) {
+        if (g0 == 0) feed.lines(kRows / 2);
+        __m512bh y[kHeads];
+#pragma GCC unroll 4
+        for (int g = 0; g < kHeads; ++g) y[g] = load_pairs(q + (g0 + g) * stride_ + d, ~0u);
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const __m512bh x = load_pairs(now.keys[n + i] + d, mask(d));
+#pragma GCC unroll 4
+          for (int g = 0; g < kHeads; ++g) {
+            acc[g * kRows + i] = _mm512_dpbf16_ps(acc[g * kRows + i], x, y[g]);
+          }
+        }
+      }
+      const __m512 all = sums_of_16(acc);
+      for (int g = 0; g < kHeads; ++g) {
+        std::memcpy(scores + (g0 + g) * kBlock + n,
+                    reinterpret_cast<const float*>(&all) + g * kRows, kRows * sizeof(float));
+      }
+    }
+  }
+
+  void score(const Chunk<T>& now, Feed& feed, float* scores) const {
+    for_heads(group, [&](int g, auto heads) { score_heads<heads>(now, feed, g, scores); });
+  }
+
+  template <int kHeads>
+  void accumulate_heads(int count, Feed& feed, int g0, float* out) const {
+    for (int64_t d = 0; d < stride_; d += 32) {
+      __m512 acc[kHeads][2];
+#pragma GCC unroll 4
+      for (int g = 0; g < kHeads; ++g) {
+        acc[g][0] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d);
+        acc[g][1] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d + 16);
+      }
+      for (int n = 0; n < count; n += 2) {
+        if (g0 == 0) feed.lines(2);
+        const BFloat16* from = pairs + n * stride_ + 2 * d;
+        const __m512bh low = (__m512bh)_mm512_load_si512(from);
+        const __m512bh high = (__m512bh)_mm512_load_si512(from + 32);
+#pragma GCC unroll 4
+        for (int g = 0; g < kHeads; ++g) {
+          const __m512bh p = (__m512bh)_mm512_set1_epi32(weights[(g0 + g) * kBlock / 2 + n / 2]);
+          acc[g][0] = _mm512_dpbf16_ps(acc[g][0], low, p);
+          acc[g][1] = _mm512_dpbf16_ps(acc[g][1], high, p);
+        }
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < kHeads; ++g) {
+        _mm512_storeu_ps(out + (g0 + g) * stride_ + d, acc[g][0]);
+        _mm512_storeu_ps(out + (g0 + g) * stride_ + d + 16, acc[g][1]);
+      }
+    }
+  }
+
+  void accumulate(const Chunk<T>& now, Feed& feed, const float* p, float* out) const {
+    for (int i = 0; i < group * kBlock; i += 16) {
+      const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + i));
+      std::memcpy(weights + i / 2, &half, sizeof(half));
+    }
+    for_heads(group, [&](int g, auto heads) { accumulate_heads<heads>(now.count, feed, g, out); });
+  }
+
+  // Interleaving two rows leaves dimensions 0-3, 8-11, 16-19, 24-27 in the first of two vectors.
+  static int64_t place(int64_t d) {
+    const int64_t in = d % 32;
+    return d - in + (in / 4 % 2) * 16 + in / 8 * 4 + in % 4;
+  }
+};
+
+}  // namespace
+}  // namespace vllm_sparse
