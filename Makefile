@@ -19,12 +19,16 @@ BUILT := setup.py pyproject.toml vllm_sparse/__init__.py $(wildcard kernels/csrc
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: setup test demo lint format check bench clean
+.PHONY: setup test sanitize demo lint format check bench clean
 
 setup: $(STAMPS)/checked $(CHECKPOINT)/config.json
 
 test: setup
 	$(BIN)/pytest $(ARGS)
+
+# The tests of the native kernels under the address and undefined-behaviour sanitizers.
+sanitize: $(STAMPS)/package
+	$(BIN)/python tools/sanitize.py $(ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)

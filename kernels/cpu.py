@@ -16,6 +16,9 @@ from .block_indices import BlockIndices
 
 logger = logging.getLogger("vllm_sparse.kernels")
 
+# A build of the extension to load instead of the installed one: for tests, before the first call.
+LIBRARY_FILE: Path | None = None
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
@@ -60,7 +63,7 @@ class _Decode(ctypes.Structure):
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded extension, or why there is none."""
-    found = sorted(Path(__file__).parent.glob("_cpu*.so"))
+    found = [LIBRARY_FILE] if LIBRARY_FILE else sorted(Path(__file__).parent.glob("_cpu*.so"))
     if not found:
         return (
             "it was not built; reinstall vllm-sparse where a C++17 compiler is installed "

@@ -27,6 +27,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--native-library",
+        type=Path,
+        metavar="FILE",
+        help="test this build of the native extension (see tools/sanitize.py)",
+    )
+
+
+def pytest_configure(config):
+    if file := config.getoption("--native-library"):
+        from vllm_sparse.kernels import cpu
+
+        cpu.LIBRARY_FILE = file
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> str:
     """4 layers, 4 query heads, 2 KV heads of 64, random."""
