@@ -6,9 +6,11 @@ from importlib import import_module
 
 _EXPORTS = {
     "BlockIndices": "block_indices",
+    "RowScores": "reference",
     "gather_keys": "reference",
     "merge": "reference",
     "paged_decode": "cpu",
+    "row_scores": "row_scores",
     "sparse_prefill": "cpu",
     "write_kv": "cpu",
 }

@@ -6,6 +6,8 @@ and indifferent to speed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
@@ -154,6 +156,106 @@ def paged_decode(
             out[s, head] = o[0].to(out.dtype)
             lse[s, head] = e[0]
     return out, lse
+
+
+class RowScores(NamedTuple):
+    """Attention mass of a few rows: see `row_scores`."""
+
+    blocks: torch.Tensor  # fp32 [h, R, nb]
+    squares: torch.Tensor | None  # fp32 [h, R, nb]
+    columns: torch.Tensor  # int64 [h, M]
+    column_mass: torch.Tensor  # fp32 [h, R, M]
+
+
+def row_scores(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    heads: torch.Tensor,
+    seq_len: int,
+    *,
+    scale: float,
+    base_from: torch.Tensor | None = None,
+    squares: bool = False,
+    columns: int = 0,
+    by_heaviest: bool = False,
+) -> RowScores:
+    """Where the exact attention of a few rows of one sequence lies: in which blocks, which keys.
+
+    A row's mass sums to 1 over the keys that it sees. What a key is worth as a column is its mass
+    over all rows but the heaviest: a key that one row alone attends is no column, and would rank
+    before any true diagonal, whose mass a column shares with 63 other keys.
+
+    Args:
+        q: [R <= 64, H, D]; k_cache: [num_pages, Hkv, page, D], H a multiple of Hkv.
+        block_table: int32 [P], the sequence's pages; seq_len: its keys.
+        positions: int64 [R], the last key that each row sees; negative: it sees none.
+        heads: int64 [h], the query heads to look at, those of a KV head together.
+        scale: factor on the logits.
+        base_from: int64 [R]. Block 0 and the blocks from this one on are the row's base: read
+            anyway, so that their keys are worth nothing as columns of the row.
+        squares: give the sum of squares over the keys of each block as well.
+        columns: how many columns M of each head to give, the most worth first; at most `seq_len`.
+        by_heaviest: a column is worth its mass in its heaviest row instead.
+
+    Returns:
+        blocks [h, R, nb]: mass of each block, all NaN in a row with a logit that is not finite.
+        squares: [h, R, nb], where asked for.
+        columns [h, M] and column_mass [h, R, M], the mass of each of them outside the row's base;
+        anything (but keys of the sequence) for a head with such a row.
+    """
+    check_row_scores(q, k_cache, positions, base_from, seq_len, columns)
+    blocks = -(-seq_len // BLOCK)
+    group = q.shape[1] // k_cache.shape[1]
+    k = gather_keys(k_cache, block_table, seq_len)[heads // group].float()
+    seen = torch.arange(seq_len, device=q.device) <= positions[:, None]
+    scores = torch.einsum("rhd,hnd->hrn", q[:, heads].float() * scale, k)
+    scores.masked_fill_(~seen, -torch.inf)
+    finite = (scores.isfinite() | ~seen).all(-1, keepdim=True)
+    mass = torch.softmax(scores.masked_fill(~finite, 0.0), -1)
+    mass = mass.masked_fill(~seen, 0.0).masked_fill(~finite, torch.nan)
+    padded = torch.nn.functional.pad(mass, (0, blocks * BLOCK - seq_len)).unflatten(-1, (-1, BLOCK))
+    if base_from is not None:
+        block = torch.arange(seq_len, device=q.device) // BLOCK
+        mass = mass.masked_fill((block == 0) | (block >= base_from[:, None]), 0.0)
+    worth = mass.amax(1) if mass.shape[1] else mass.sum(1)
+    if not by_heaviest:
+        worth = mass.sum(1) - worth
+    top = worth.nan_to_num(nan=0.0).topk(columns).indices
+    return RowScores(
+        padded.sum(-1),
+        padded.square().sum(-1) if squares else None,
+        top,
+        mass.gather(2, top[:, None].expand(-1, mass.shape[1], -1)),
+    )
+
+
+def check_row_scores(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    positions: torch.Tensor,
+    base_from: torch.Tensor | None,
+    seq_len: int,
+    columns: int,
+) -> None:
+    """Raises ValueError for arguments of `row_scores` that do not fit together."""
+    rows = q.shape[0]
+    if rows > TILE:
+        raise ValueError(f"q: got {rows} rows; give at most {TILE}")
+    if positions.numel() != rows or (base_from is not None and base_from.numel() != rows):
+        raise ValueError(
+            f"positions, base_from: got {positions.numel()} and "
+            f"{None if base_from is None else base_from.numel()} entries for {rows} rows of q; "
+            "give one for each row"
+        )
+    if not 0 <= columns <= seq_len:
+        raise ValueError(f"columns: got {columns}; allowed: 0 to the {seq_len} keys there are")
+    if q.shape[1] % k_cache.shape[1]:
+        raise ValueError(
+            f"heads: got {q.shape[1]} query heads and {k_cache.shape[1]} KV heads; query heads "
+            "must be a multiple of KV heads"
+        )
 
 
 def _selected(

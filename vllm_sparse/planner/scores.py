@@ -1,15 +1,15 @@
-"""Exact attention of a few rows: what the selections are made from and validated on.
-
-The rows of one KV head are scored at a time, in one buffer: at 16K keys, 4 query heads of 64 rows
-make 16 MiB.
-"""
+"""Exact attention of a few rows: what the selections are made from and validated on."""
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 
+from vllm_sparse.kernels import RowScores, row_scores
 from vllm_sparse.kernels.block_indices import BLOCK
 
 from .workspace import WORKSPACE
@@ -47,47 +47,35 @@ def cached_keys(k_cache: torch.Tensor, block_table_row: torch.Tensor, length: in
     return keys
 
 
-class RowScorer:
-    """Scores query rows against the keys of one KV head, in a buffer that is kept.
+@dataclass(frozen=True)
+class Keys:
+    """One sequence's keys in the paged cache, and the questions that planning has for them."""
 
-    The probabilities that it returns are valid until the next call.
-    """
+    cache: torch.Tensor  # [num_pages, Hkv, page, D]
+    table: torch.Tensor  # int32 [P]
+    length: int
+    scale: float
 
-    def __init__(self, keys: torch.Tensor, scale: float, max_rows: int):
-        """keys: [64 nb, D] of any of the KV heads; max_rows: rows x heads at once."""
-        self.scale = scale
-        shape = (max_rows, keys.shape[0])
-        self._mass = WORKSPACE.empty("mass", shape, torch.float32, keys.device)
-        self._scores = self._mass
-        if keys.dtype != torch.float32:
-            self._scores = WORKSPACE.empty("scores", shape, keys.dtype, keys.device)
+    @property
+    def heads(self) -> int:
+        return self.cache.shape[1]
+
+    def score(
+        self, queries: torch.Tensor, positions: torch.Tensor, heads: torch.Tensor, **wanted: Any
+    ) -> RowScores:
+        """The exact attention of queries [R, H, D], reduced: see `reference.row_scores`."""
+        where = (self.cache, self.table, positions, heads, self.length)
+        return row_scores(queries, *where, scale=self.scale, **wanted)
 
     def attention(
-        self, queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor
+        self, queries: torch.Tensor, positions: torch.Tensor, kv_head: int
     ) -> torch.Tensor:
-        """Causal softmax: fp32 [R, g, 64 nb].
+        """All of it, fp32 [R, g, n], for queries [R, g, D] of one KV head's heads."""
+        logits = queries.float() * self.scale @ self.gathered[kv_head, : self.length].float().T
+        hidden = torch.arange(self.length, device=logits.device) > positions[:, None]
+        return torch.softmax(logits.masked_fill_(hidden[:, None], -torch.inf), -1)
 
-        Args:
-            queries: [R, g, D], any dtype.
-            keys: [64 nb, D].
-            positions: int64 [R], the last key that each row sees.
-        """
-        rows, group, size = queries.shape
-        flat = (queries.float() * self.scale).to(keys.dtype).reshape(rows * group, size)
-        scores, mass = self._scores[: rows * group], self._mass[: rows * group]
-        torch.mm(flat, keys.T, out=scores)
-        # Only keys after the earliest row are hidden from any: a chunk's width at most. Adding
-        # -inf takes a twentieth of the time that masked_fill does.
-        hidden_from = int(positions.min()) + 1
-        future = torch.arange(hidden_from, keys.shape[0], device=keys.device)
-        bias = scores.new_zeros(rows, 1, len(future))
-        bias.masked_fill_((future > positions[:, None])[:, None], -torch.inf)
-        scores.view(rows, group, -1)[:, :, hidden_from:] += bias
-        torch.softmax(scores, -1, dtype=torch.float32, out=mass)
-        return mass.view(rows, group, -1)
-
-
-def block_mass(mass: torch.Tensor) -> torch.Tensor:
-    """Mass of each key block: [R, g, 64 nb] -> [R, g, nb]."""
-    ones = mass.new_ones(BLOCK)
-    return torch.mv(mass.view(-1, BLOCK), ones).view(*mass.shape[:2], -1)
+    @cached_property
+    def gathered(self) -> torch.Tensor:
+        """[Hkv, 64 nb, D]: see `cached_keys`."""
+        return cached_keys(self.cache, self.table, self.length)
