@@ -7,7 +7,10 @@ from importlib import import_module
 _EXPORTS = {
     "BlockIndices": "block_indices",
     "RowScores": "reference",
+    "block_means": "plan_steps",
     "gather_keys": "reference",
+    "heaviest": "plan_steps",
+    "index_lists": "plan_steps",
     "merge": "reference",
     "paged_decode": "cpu",
     "row_scores": "row_scores",

@@ -75,7 +75,9 @@ def _library() -> ctypes.CDLL | str:
     library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
     library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
-    library.vllm_sparse_row_scores.argtypes = [ctypes.c_void_p]  # made in row_scores.py
+    # Their structures are beside their wrappers, in row_scores.py and plan_steps.py.
+    for name in ("row_scores", "block_means", "heaviest", "index_lists"):
+        getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library
 
 
@@ -274,21 +276,30 @@ def check_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:
     """Raises ValueError where the kernels do not take these queries and cached keys."""
     heads, head_size = q.shape[1:]
     kv_heads = k_cache.shape[1]
-    if q.dtype not in DTYPES or k_cache.dtype != q.dtype or k_cache.shape[3] != head_size:
+    if k_cache.dtype != q.dtype or k_cache.shape[3] != head_size:
         raise ValueError(
             f"k_cache: got {k_cache.dtype} of head size {k_cache.shape[3]} for q of {q.dtype}, "
-            f"{head_size}; both must be alike, of one of {', '.join(map(str, DTYPES))}"
+            f"{head_size}; both must be alike"
         )
-    if k_cache.shape[2] % 16:
+    if heads % kv_heads:
         raise ValueError(
-            f"caches: got pages of {k_cache.shape[2]} tokens; a page must be a multiple of 16"
+            f"heads: got {heads} query heads and {kv_heads} KV heads; query heads must be a "
+            "multiple of KV heads"
         )
-    if heads % kv_heads or head_size % 16:
-        raise ValueError(
-            f"heads: got {heads} query heads, {kv_heads} KV heads, head size {head_size}; query "
-            "heads must be a multiple of KV heads and the head size a multiple of 16"
-        )
-    _check_rows(q=q, k_cache=k_cache)
+    check_cache(k_cache)
+    _check_rows(q=q)
+
+
+def check_cache(k_cache: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not take this cache."""
+    _, _, page, head_size = k_cache.shape
+    if k_cache.dtype not in DTYPES:
+        raise ValueError(f"dtypes: got {k_cache.dtype}; give one of {', '.join(map(str, DTYPES))}")
+    if page % 16:
+        raise ValueError(f"caches: got pages of {page} tokens; a page must be a multiple of 16")
+    if head_size % 16:
+        raise ValueError(f"caches: got head size {head_size}; it must be a multiple of 16")
+    _check_rows(k_cache=k_cache)
 
 
 def _check_rows(**tensors: torch.Tensor) -> None:

@@ -231,6 +231,70 @@ def row_scores(
     )
 
 
+def block_means(
+    k_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, heads: torch.Tensor
+) -> torch.Tensor:
+    """Mean key of each block of one sequence.
+
+    Args:
+        k_cache: [num_pages, Hkv, page, D]; block_table: int32 [P]; heads: int64 [h] KV heads.
+
+    Returns:
+        fp32 [h, nb, D]; the last block's mean is that of the keys it has.
+    """
+    keys = gather_keys(k_cache, block_table, seq_len)[heads].float()
+    blocks = [part.mean(1) for part in keys.split(BLOCK, 1)] if seq_len else []
+    return torch.stack(blocks, 1) if blocks else keys
+
+
+# Levels of mass: 16 to an octave, by the top bits of the float, and how many are told apart.
+MASS_SHIFT = 19
+MASS_LEVELS = 17 * 16
+
+
+def heaviest(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    """The heaviest entries of each row whose sum reaches `need`; near ties come together.
+
+    Entries come by levels, of which the next holds at least 4% less. An even row is one level, and
+    is taken whole rather than `need` of it.
+
+    Args:
+        mass: fp32 [h, R, nb], negative entries count as 0; need: fp32 [h, R].
+
+    Returns:
+        bool [h, R, nb]; nothing where need <= 0, everything where it cannot be reached.
+    """
+    mass = mass.clamp(min=0.0)
+    level = mass.contiguous().view(torch.int32) >> MASS_SHIFT
+    below = (level.amax(-1, keepdim=True) - level).clamp_(max=MASS_LEVELS - 1).long()
+    held = mass.new_zeros(*mass.shape[:2], MASS_LEVELS).scatter_add_(2, below, mass).cumsum(-1)
+    # Levels up to the first that reaches the need: as many as do not reach it, and one more.
+    last = (held < need[..., None]).sum(-1, keepdim=True)
+    return (below <= last) & (need > 0)[..., None]
+
+
+def index_lists(
+    mask: torch.Tensor, columns: torch.Tensor | None, last_key: torch.Tensor
+) -> BlockIndices:
+    """One sequence's lists, without what causality hides and without columns in chosen blocks.
+
+    Args:
+        mask: bool [T, H, nb], blocks of each tile and head.
+        columns: int32 [T, H, M], ascending where not negative; negative entries are no column.
+        last_key: int64 [T], the last key that a row of the tile sees.
+    """
+    block = torch.arange(mask.shape[2], device=mask.device)
+    mask = mask & (block <= (last_key // BLOCK)[:, None])[:, None]
+    if columns is None:
+        return BlockIndices.from_masks(mask)
+    keep = ~mask.gather(2, (columns // BLOCK).clamp(min=0).long())
+    keep &= (columns >= 0) & (columns <= last_key[:, None, None])
+    counts = keep.sum(-1, dtype=torch.int32).flatten()
+    offsets = counts.new_zeros(counts.numel() + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return BlockIndices.from_masks(mask, offsets, columns[keep])
+
+
 def check_row_scores(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -13,6 +13,8 @@
 #endif
 
 #include "attention.h"
+#include "heaviest.h"
+#include "index_lists.h"
 #include "thread_pool.h"
 
 #define VLLM_SPARSE_API extern "C" __attribute__((visibility("default")))
@@ -204,4 +206,23 @@ VLLM_SPARSE_API int vllm_sparse_row_scores(const RowScores* args) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// The small steps of planning. 0 on success, 1 when memory ran out.
+
+VLLM_SPARSE_API int vllm_sparse_block_means(const BlockMeans* args) {
+  const Kernels* k = kernels();
+  const int64_t blocks = (args->seq_len + kBlock - 1) / kBlock;
+  const auto run = [&](int64_t i, float*) { k->block_means(*args, i); };
+  return parallel_for(args->num_heads * blocks, 0, run) ? 0 : 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_heaviest(const Heaviest* args) {
+  const auto run = [&](int64_t head, float*) { heaviest(*args, head); };
+  return parallel_for(args->heads, 0, run) ? 0 : 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_index_lists(const IndexLists* args) {
+  const auto run = [&](int64_t tile, float*) { index_lists(*args, tile); };
+  return parallel_for(args->tiles, 0, run) ? 0 : 1;
 }

@@ -1,5 +1,5 @@
-// What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py and
-// kernels/row_scores.py.
+// What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py,
+// kernels/row_scores.py and kernels/plan_steps.py.
 #pragma once
 
 #include <cstddef>
@@ -82,6 +82,15 @@ struct RowWork {
   int heads;
 };
 
+// Mean key of each block of one sequence.
+struct BlockMeans {
+  PagedKV kv;  // v is not read
+  int64_t dtype, head_size, seq_len;
+  const int64_t* heads;  // [h] KV heads
+  int64_t num_heads;
+  float* means;  // [h, nb, D]
+};
+
 // Lanes of a tile that `rows` rows of a head take: full vectors, or a power of two of lanes.
 inline int lanes_of_rows(int64_t rows) {
   if (rows > 16) return static_cast<int>((rows + 15) / 16 * 16);
@@ -122,6 +131,7 @@ struct Kernels {
                        const float* lse, int64_t parts);
   size_t (*row_scores_scratch)(const RowScores&);
   void (*row_scores)(const RowScores&, const RowWork&, float* scratch);
+  void (*block_means)(const BlockMeans&, int64_t index);  // counts heads x blocks
 };
 
 const Kernels* generic_kernels();

@@ -5,6 +5,7 @@
 // kernel keeps KEYS x VECS accumulators in registers.
 #pragma once
 
+#include "block_means.h"
 #include "decode_split.h"
 #include "prefill_tile.h"
 #include "row_scores.h"
@@ -56,6 +57,14 @@ void row_scores_any(const RowScores& a, const RowWork& w, float* scratch) {
   }
 }
 
+void block_means_any(const BlockMeans& a, int64_t index) {
+  switch (a.dtype) {
+    case kFloat32: return block_means<float>(a, index);
+    case kBFloat16: return block_means<BFloat16>(a, index);
+    case kFloat16: return block_means<Float16>(a, index);
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           prefill_scratch,
@@ -64,7 +73,8 @@ constexpr Kernels make_kernels(const char* name) {
           decode_split_any,
           decode_merge_any,
           row_scores_scratch,
-          row_scores_any};
+          row_scores_any,
+          block_means_any};
 }
 
 }  // namespace

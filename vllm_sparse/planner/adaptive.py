@@ -163,8 +163,8 @@ def compete(
     open_ = ((cost.amin(1) > GOOD * dense_cost) & request.kinds[:, 2]).nonzero()[:, 0]
     tile_blocks = torch.zeros(len(heads), 0, 0, dtype=torch.bool, device=chunk.device)
     if len(open_):
-        pooled_q = block_sparse.pooled_queries(chunk, queries)[:, heads[open_]]
-        pooled_k = block_sparse.pooled_keys(chunk, keys.gathered)[heads[open_] // group]
+        pooled_q = block_sparse.pooled_queries(chunk, queries, heads[open_])
+        pooled_k = keys.block_means(heads[open_] // group)
         score = block_sparse.scores(chunk, pooled_q, pooled_k, keys.scale)
         cost[open_, 2], blocks = block_sparse.candidate(
             chunk, samples.of(open_), score, coverage[open_]

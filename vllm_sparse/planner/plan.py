@@ -94,8 +94,8 @@ def plan_chunk(
         group = len(patterns) // keys.heads
         score = block_sparse.scores(
             chunk,
-            block_sparse.pooled_queries(chunk, queries[:, index]),
-            block_sparse.pooled_keys(chunk, keys.gathered)[index // group],
+            block_sparse.pooled_queries(chunk, queries, index),
+            keys.block_means(index // group),
             keys.scale,
         )
         selection.set_blocks(index, block_sparse.fixed(chunk, score, count))
