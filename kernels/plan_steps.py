@@ -95,7 +95,9 @@ def index_lists(
             f"{tuple(mask.shape)}; give the same tiles and heads"
         )
     if columns.dtype != torch.int32 or mask.dtype != torch.bool:
-        raise ValueError(f"columns: got {columns.dtype}, mask {mask.dtype}; give int32 and bool")
+        raise ValueError(
+            f"columns, mask: got {columns.dtype}, mask {mask.dtype}; give int32 and bool"
+        )
     mask, columns, last_key = mask.contiguous(), columns.contiguous(), last_key.long().contiguous()
     offsets = torch.zeros(2, tiles * heads + 1, dtype=torch.int32)
     args = _IndexLists(
