@@ -13,7 +13,7 @@ _EXPORTS = {
     "index_lists": "plan_steps",
     "merge": "reference",
     "paged_decode": "cpu",
-    "row_scores": "row_scores",
+    "row_scores": "row_scoring",
     "sparse_prefill": "cpu",
     "write_kv": "cpu",
 }

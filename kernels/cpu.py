@@ -75,7 +75,7 @@ def _library() -> ctypes.CDLL | str:
     library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
     library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
-    # Their structures are beside their wrappers, in row_scores.py and plan_steps.py.
+    # Their structures are beside their wrappers, in row_scoring.py and plan_steps.py.
     for name in ("row_scores", "block_means", "heaviest", "index_lists"):
         getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library

@@ -1,5 +1,5 @@
 // What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py,
-// kernels/row_scores.py and kernels/plan_steps.py.
+// kernels/row_scoring.py and kernels/plan_steps.py.
 #pragma once
 
 #include <cstddef>

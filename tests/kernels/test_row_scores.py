@@ -10,7 +10,7 @@ from test_prefill import available
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BLOCK
 from vllm_sparse.kernels.reference import RowScores
-from vllm_sparse.kernels.row_scores import row_scores
+from vllm_sparse.kernels.row_scoring import row_scores
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
