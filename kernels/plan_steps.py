@@ -1,7 +1,7 @@
 """The small steps of planning behind the signatures of `reference`.
 
-In torch each is a dozen ops over fresh tensors, which cost more than what they compute: 40 of the
-80 ms that planning took at 4K once the rows were scored natively.
+In torch each is up to a dozen ops over fresh tensors, which cost more than what they compute: at 4K
+the lists of a layer took 0.95 ms, and take 0.3.
 """
 
 from __future__ import annotations

@@ -21,11 +21,16 @@ void block_means(const BlockMeans& a, int64_t index) {
   // Row by row, as they lie: down the columns of queries 4 KiB apart it took twice as long.
   const float share = 1.0f / static_cast<float>(count);
   constexpr int64_t kAtOnce = 8 * kLanes;
+  constexpr int kRowsAhead = 16;
   for (int64_t begin = 0; begin < head_size; begin += kAtOnce) {
     const int64_t left = head_size - begin;
     if (left >= kAtOnce) {
       Vec sum[8] = {};
       for (int n = 0; n < count; ++n) {
+        if (n + kRowsAhead < count) {
+          const char* ahead = reinterpret_cast<const char*>(keys[n + kRowsAhead] + begin);
+          for (size_t b = 0; b < kAtOnce * sizeof(T); b += 64) __builtin_prefetch(ahead + b, 0, 0);
+        }
 #pragma GCC unroll 8
         for (int i = 0; i < 8; ++i) sum[i] += load_row(keys[n] + begin + i * kLanes);
       }

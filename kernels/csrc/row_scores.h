@@ -1,10 +1,10 @@
 // Exact attention of a few rows of some heads, reduced while it is made: the mass of each block of
 // keys, and the single keys that get most.
 //
-// The rows lie in the lanes as in prefill. Scores are made once. Their running sums give the mass
-// of the blocks, so where no columns are wanted (4 rows of every head, at 16K keys) nothing longer
-// than a block is kept. Columns need every row's total first: the scores are kept for them, and
-// read once more.
+// The rows lie in the lanes as in prefill. Scores are made once, and their running sums give the
+// mass of the blocks: where no columns are wanted, no more than a block of scores is kept. Columns
+// need every row's total first, so the scores are kept for them and read once more: 4 MiB at 16K
+// keys, 256 bytes a key, for each thread.
 #pragma once
 
 #include <type_traits>
