@@ -312,8 +312,8 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
       } else {
         IVec relative;
         for (int i = 0; i < kLanes; ++i) {
-          const int64_t sees_here = sees[c * kLanes + i] - first;
-          relative[i] = static_cast<int32_t>(sees_here < -1 ? -1 : sees_here < kBlock ? sees_here : kBlock);
+          const int64_t here = sees[c * kLanes + i] - first;
+          relative[i] = here < 0 ? -1 : here < kBlock ? static_cast<int32_t>(here) : kBlock;
         }
         add_block<true>(scores + c * kLanes, now, relative, want, sums[c], s.mass + at, s.top + at,
                         s.squares + at);

@@ -31,7 +31,9 @@ inline void top_columns(const float* numbers, int64_t count, int64_t wanted, uin
   }
   for (const int shift : kShift) {
     uint32_t place[kDigits] = {};
-    const auto digit = [&](uint32_t i) { return float_to_bits(numbers[i]) >> shift & (kDigits - 1); };
+    const auto digit = [&](uint32_t i) {
+      return float_to_bits(numbers[i]) >> shift & (kDigits - 1);
+    };
     for (int64_t i = 0; i < found; ++i) ++place[digit(from[i])];
     uint32_t before = 0;
     for (int d = kDigits - 1; d >= 0; --d) {
