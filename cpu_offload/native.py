@@ -64,7 +64,7 @@ _LshTables = _struct(
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = cpu.library()
+    library = cpu.native()
     if library is not None:
         library.vllm_sparse_offload_isa.restype = ctypes.c_char_p
         library.vllm_sparse_offload_set_isa.argtypes = [ctypes.c_char_p]

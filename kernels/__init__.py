@@ -6,9 +6,14 @@ from importlib import import_module
 
 _EXPORTS = {
     "BlockIndices": "block_indices",
+    "RowScores": "reference",
+    "block_means": "plan_steps",
     "gather_keys": "reference",
+    "heaviest": "plan_steps",
+    "index_lists": "plan_steps",
     "merge": "reference",
     "paged_decode": "cpu",
+    "row_scores": "row_scoring",
     "sparse_prefill": "cpu",
     "write_kv": "cpu",
 }

@@ -19,12 +19,12 @@ logger = logging.getLogger("vllm_sparse.kernels")
 # A build of the extension to load instead of the installed one: for tests, before the first call.
 LIBRARY_FILE: Path | None = None
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
 
 
-class _PagedKV(ctypes.Structure):
+class PagedKV(ctypes.Structure):
     _fields_ = [
         ("k", _ptr), ("v", _ptr),
         ("k_page_stride", _i64), ("k_head_stride", _i64), ("k_row_stride", _i64),
@@ -33,7 +33,7 @@ class _PagedKV(ctypes.Structure):
     ]  # fmt: skip
 
 
-class _Shape(ctypes.Structure):
+class Shape(ctypes.Structure):
     _fields_ = [
         ("dtype", _i64), ("num_seqs", _i64), ("num_heads", _i64), ("num_kv_heads", _i64),
         ("head_size", _i64), ("scale", ctypes.c_float),
@@ -41,7 +41,7 @@ class _Shape(ctypes.Structure):
 
 
 _QUERY_FIELDS = [
-    ("shape", _Shape), ("kv", _PagedKV),
+    ("shape", Shape), ("kv", PagedKV),
     ("q", _ptr), ("q_row_stride", _i64), ("q_head_stride", _i64),
     ("out", _ptr), ("out_row_stride", _i64), ("out_head_stride", _i64),
     ("lse", _ptr),
@@ -78,11 +78,14 @@ def _library() -> ctypes.CDLL | str:
     library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
     library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
+    # Their structures are beside their wrappers, in row_scoring.py and plan_steps.py.
+    for name in ("row_scores", "block_means", "heaviest", "index_lists"):
+        getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library
 
 
 @cache
-def _native() -> ctypes.CDLL | None:
+def native() -> ctypes.CDLL | None:
     library = _library()
     if isinstance(library, str):
         logger.warning(
@@ -92,12 +95,6 @@ def _native() -> ctypes.CDLL | None:
         )
         return None
     return library
-
-
-def library() -> ctypes.CDLL | None:
-    """The loaded extension, for kernels that are bound elsewhere; None, with one warning, where
-    it could not be built."""
-    return _native()
 
 
 def native_error() -> str | None:
@@ -139,7 +136,7 @@ def set_threads(count: int, cpu_ids: Sequence[int] | None = None) -> None:
             f"set_threads: got count={count}, cpu_ids={cpu_ids}; give a count of at least 1 and, "
             "if any, one CPU id for each thread"
         )
-    library = _native()
+    library = native()
     if library is None:
         return
     cpus = None if cpu_ids is None else (ctypes.c_int * count)(*cpu_ids[:count])
@@ -177,7 +174,7 @@ def sparse_prefill(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`: same arguments, same meaning."""
-    library = _native()
+    library = native()
     if library is None:
         return reference.sparse_prefill(
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
@@ -185,7 +182,7 @@ def sparse_prefill(
         )  # fmt: skip
     args = _Prefill()
     out, lse, keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
-    starts = _int32("query_start_loc", query_start_loc)
+    starts = int32("query_start_loc", query_start_loc)
     if starts.numel() != args.shape.num_seqs + 1:
         raise ValueError(
             f"query_start_loc: got {starts.numel()} entries for {args.shape.num_seqs} sequences; "
@@ -199,14 +196,14 @@ def sparse_prefill(
                 "plan with the same heads"
             )
         lists = [indices.block_offsets, indices.blocks, indices.column_offsets, indices.columns]
-        lists = [_int32("indices", x) for x in lists]
+        lists = [int32("indices", x) for x in lists]
         args.block_offsets, args.blocks, args.column_offsets, args.columns = (
             # An empty tensor has no address; the kernel tells dense from sparse by the address.
             x.data_ptr() or lists[0].data_ptr()
             for x in lists
         )
         keep += lists
-    _check(library.vllm_sparse_prefill(ctypes.byref(args)), "sparse_prefill")
+    check(library.vllm_sparse_prefill(ctypes.byref(args)), "sparse_prefill")
     return out, lse
 
 
@@ -221,14 +218,14 @@ def paged_decode(
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.paged_decode`: same arguments, same meaning."""
-    library = _native()
+    library = native()
     if library is None:
         return reference.paged_decode(
             q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out
         )
     args = _Decode()
     out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
-    _check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
+    check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
     return out, lse
 
 
@@ -245,42 +242,27 @@ def _fill(
     """Check and enter what both kernels share; what is returned last must outlive the call."""
     heads, head_size = q.shape[1:]
     kv_heads = k_cache.shape[1]
-    if q.dtype not in _DTYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+    if q.dtype not in DTYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
         raise ValueError(
             f"dtypes: got q {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}; "
-            f"give one of {', '.join(map(str, _DTYPES))} for all three"
+            f"give one of {', '.join(map(str, DTYPES))} for all three"
         )
     if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_size:
         raise ValueError(
             f"caches: got k {tuple(k_cache.shape)}, v {tuple(v_cache.shape)} for head size "
             f"{head_size}; both must be [pages, kv_heads, page, {head_size}]"
         )
-    if k_cache.shape[2] % 16:
-        raise ValueError(
-            f"caches: got pages of {k_cache.shape[2]} tokens; a page must be a multiple of 16"
-        )
-    if heads % kv_heads or head_size % 16:
-        raise ValueError(
-            f"heads: got {heads} query heads, {kv_heads} KV heads, head size {head_size}; query "
-            "heads must be a multiple of KV heads and the head size a multiple of 16"
-        )
+    check_keys(q, k_cache)
     out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
     if out.shape != q.shape or out.dtype != q.dtype:
         raise ValueError(
             f"out: got {tuple(out.shape)} {out.dtype}, it must be {tuple(q.shape)} {q.dtype}"
         )
-    for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("out", out)):
-        if tensor.stride(-1) != 1:
-            raise ValueError(
-                f"{name}: the last dimension has stride {tensor.stride(-1)}; it must be 1 "
-                "(use .contiguous())"
-            )
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: is on {tensor.device}; these kernels take CPU tensors")
+    _check_rows(v_cache=v_cache, out=out)
     lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    table, lens = _int32("block_table", block_table), _int32("seq_lens", seq_lens)
-    args.shape = _Shape(_DTYPES[q.dtype], lens.numel(), heads, kv_heads, head_size, scale)
-    args.kv = _PagedKV(
+    table, lens = int32("block_table", block_table), int32("seq_lens", seq_lens)
+    args.shape = Shape(DTYPES[q.dtype], lens.numel(), heads, kv_heads, head_size, scale)
+    args.kv = PagedKV(
         k_cache.data_ptr(), v_cache.data_ptr(), *k_cache.stride()[:3], *v_cache.stride()[:3],
         table.data_ptr(), table.stride(0), k_cache.shape[2], k_cache.shape[0],
     )  # fmt: skip
@@ -293,12 +275,53 @@ def _fill(
     return out, lse, [table, lens]
 
 
-def _int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
+def check_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not take these queries and cached keys."""
+    heads, head_size = q.shape[1:]
+    kv_heads = k_cache.shape[1]
+    if k_cache.dtype != q.dtype or k_cache.shape[3] != head_size:
+        raise ValueError(
+            f"k_cache: got {k_cache.dtype} of head size {k_cache.shape[3]} for q of {q.dtype}, "
+            f"{head_size}; both must be alike"
+        )
+    if heads % kv_heads:
+        raise ValueError(
+            f"heads: got {heads} query heads and {kv_heads} KV heads; query heads must be a "
+            "multiple of KV heads"
+        )
+    check_cache(k_cache)
+    _check_rows(q=q)
+
+
+def check_cache(k_cache: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not take this cache."""
+    _, _, page, head_size = k_cache.shape
+    if k_cache.dtype not in DTYPES:
+        raise ValueError(f"dtypes: got {k_cache.dtype}; give one of {', '.join(map(str, DTYPES))}")
+    if page % 16:
+        raise ValueError(f"caches: got pages of {page} tokens; a page must be a multiple of 16")
+    if head_size % 16:
+        raise ValueError(f"caches: got head size {head_size}; it must be a multiple of 16")
+    _check_rows(k_cache=k_cache)
+
+
+def _check_rows(**tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name}: the last dimension has stride {tensor.stride(-1)}; it must be 1 "
+                "(use .contiguous())"
+            )
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name}: is on {tensor.device}; these kernels take CPU tensors")
+
+
+def int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype != torch.int32 or tensor.device.type != "cpu":
         raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}; give int32 on the CPU")
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _check(code: int, name: str) -> None:
+def check(code: int, name: str) -> None:
     if code != 0:
         raise MemoryError(f"{name}: out of memory for the kernel's scratch buffers")

@@ -6,6 +6,8 @@ and indifferent to speed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
@@ -52,7 +54,9 @@ def attend(
     Returns:
         out [M, D] and lse [M] (natural logarithm). A query that sees nothing: out 0, lse -inf.
     """
-    scores = (q.float() @ k.float().T) * scale
+    # A product of fp32 rounds as the CPU's library pleases: logits of 700 came out 7e-5 off, one
+    # more than their last digit, on an AMD EPYC.
+    scores = (q.double() @ k.double().T).float() * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     lse = torch.logsumexp(scores, -1)
@@ -154,6 +158,170 @@ def paged_decode(
             out[s, head] = o[0].to(out.dtype)
             lse[s, head] = e[0]
     return out, lse
+
+
+class RowScores(NamedTuple):
+    """Attention mass of a few rows: see `row_scores`."""
+
+    blocks: torch.Tensor  # fp32 [h, R, nb]
+    squares: torch.Tensor | None  # fp32 [h, R, nb]
+    columns: torch.Tensor  # int64 [h, M]
+    column_mass: torch.Tensor  # fp32 [h, R, M]
+
+
+def row_scores(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    heads: torch.Tensor,
+    seq_len: int,
+    *,
+    scale: float,
+    base_from: torch.Tensor | None = None,
+    squares: bool = False,
+    columns: int = 0,
+    by_heaviest: bool = False,
+) -> RowScores:
+    """Where the exact attention of a few rows of one sequence lies: in which blocks, which keys.
+
+    A row's mass sums to 1 over the keys that it sees. What a key is worth as a column is its mass
+    over all rows but the heaviest: a key that one row alone attends is no column, and would rank
+    before any true diagonal, whose mass a column shares with 63 other keys.
+
+    Args:
+        q: [R <= 64, H, D]; k_cache: [num_pages, Hkv, page, D], H a multiple of Hkv.
+        block_table: int32 [P], the sequence's pages; seq_len: its keys.
+        positions: int64 [R], the last key that each row sees; negative: it sees none.
+        heads: int64 [h], the query heads to look at, those of a KV head together.
+        scale: factor on the logits.
+        base_from: int64 [R]. Block 0 and the blocks from this one on are the row's base: read
+            anyway, so that their keys are worth nothing as columns of the row.
+        squares: give the sum of squares over the keys of each block as well.
+        columns: how many columns M of each head to give, the most worth first; at most `seq_len`.
+        by_heaviest: a column is worth its mass in its heaviest row instead.
+
+    Returns:
+        blocks [h, R, nb]: mass of each block, all NaN in a row with a logit that is not finite.
+        squares: [h, R, nb], where asked for.
+        columns [h, M] and column_mass [h, R, M], the mass of each of them outside the row's base;
+        anything (but keys of the sequence) for a head with such a row.
+    """
+    check_row_scores(q, k_cache, positions, base_from, seq_len, columns)
+    blocks = -(-seq_len // BLOCK)
+    group = q.shape[1] // k_cache.shape[1]
+    k = gather_keys(k_cache, block_table, seq_len)[heads // group].float()
+    seen = torch.arange(seq_len, device=q.device) <= positions[:, None]
+    scores = torch.einsum("rhd,hnd->hrn", q[:, heads].float() * scale, k)
+    scores.masked_fill_(~seen, -torch.inf)
+    finite = (scores.isfinite() | ~seen).all(-1, keepdim=True)
+    mass = torch.softmax(scores.masked_fill(~finite, 0.0), -1)
+    mass = mass.masked_fill(~seen, 0.0).masked_fill(~finite, torch.nan)
+    padded = torch.nn.functional.pad(mass, (0, blocks * BLOCK - seq_len)).unflatten(-1, (-1, BLOCK))
+    if base_from is not None:
+        block = torch.arange(seq_len, device=q.device) // BLOCK
+        mass = mass.masked_fill((block == 0) | (block >= base_from[:, None]), 0.0)
+    worth = mass.amax(1) if mass.shape[1] else mass.sum(1)
+    if not by_heaviest:
+        worth = mass.sum(1) - worth
+    top = worth.nan_to_num(nan=0.0).topk(columns).indices
+    return RowScores(
+        padded.sum(-1),
+        padded.square().sum(-1) if squares else None,
+        top,
+        mass.gather(2, top[:, None].expand(-1, mass.shape[1], -1)),
+    )
+
+
+def block_means(
+    k_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, heads: torch.Tensor
+) -> torch.Tensor:
+    """Mean key of each block of one sequence.
+
+    Args:
+        k_cache: [num_pages, Hkv, page, D]; block_table: int32 [P]; heads: int64 [h] KV heads.
+
+    Returns:
+        fp32 [h, nb, D]; the last block's mean is that of the keys it has.
+    """
+    keys = gather_keys(k_cache, block_table, seq_len)[heads].float()
+    blocks = [part.mean(1) for part in keys.split(BLOCK, 1)] if seq_len else []
+    return torch.stack(blocks, 1) if blocks else keys
+
+
+# Levels of mass: 16 to an octave, by the top bits of the float, and how many are told apart.
+MASS_SHIFT = 19
+MASS_LEVELS = 17 * 16
+
+
+def heaviest(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
+    """The heaviest entries of each row whose sum reaches `need`; near ties come together.
+
+    Entries come by levels, of which the next holds at least 4% less. An even row is one level, and
+    is taken whole rather than `need` of it.
+
+    Args:
+        mass: fp32 [h, R, nb], negative entries count as 0; need: fp32 [h, R].
+
+    Returns:
+        bool [h, R, nb]; nothing where need <= 0, everything where it cannot be reached.
+    """
+    mass = mass.clamp(min=0.0)
+    level = mass.contiguous().view(torch.int32) >> MASS_SHIFT
+    below = (level.amax(-1, keepdim=True) - level).clamp_(max=MASS_LEVELS - 1).long()
+    held = mass.new_zeros(*mass.shape[:2], MASS_LEVELS).scatter_add_(2, below, mass).cumsum(-1)
+    # Levels up to the first that reaches the need: as many as do not reach it, and one more.
+    last = (held < need[..., None]).sum(-1, keepdim=True)
+    return (below <= last) & (need > 0)[..., None]
+
+
+def index_lists(
+    mask: torch.Tensor, columns: torch.Tensor | None, last_key: torch.Tensor
+) -> BlockIndices:
+    """One sequence's lists, without what causality hides and without columns in chosen blocks.
+
+    Args:
+        mask: bool [T, H, nb], blocks of each tile and head.
+        columns: int32 [T, H, M], ascending where not negative; negative entries are no column.
+        last_key: int64 [T], the last key that a row of the tile sees.
+    """
+    block = torch.arange(mask.shape[2], device=mask.device)
+    mask = mask & (block <= (last_key // BLOCK)[:, None])[:, None]
+    if columns is None:
+        return BlockIndices.from_masks(mask)
+    keep = ~mask.gather(2, (columns // BLOCK).clamp(min=0).long())
+    keep &= (columns >= 0) & (columns <= last_key[:, None, None])
+    counts = keep.sum(-1, dtype=torch.int32).flatten()
+    offsets = counts.new_zeros(counts.numel() + 1)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return BlockIndices.from_masks(mask, offsets, columns[keep])
+
+
+def check_row_scores(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    positions: torch.Tensor,
+    base_from: torch.Tensor | None,
+    seq_len: int,
+    columns: int,
+) -> None:
+    """Raises ValueError for arguments of `row_scores` that do not fit together."""
+    rows = q.shape[0]
+    if rows > TILE:
+        raise ValueError(f"q: got {rows} rows; give at most {TILE}")
+    if positions.numel() != rows or (base_from is not None and base_from.numel() != rows):
+        raise ValueError(
+            f"positions, base_from: got {positions.numel()} and "
+            f"{None if base_from is None else base_from.numel()} entries for {rows} rows of q; "
+            "give one for each row"
+        )
+    if not 0 <= columns <= seq_len:
+        raise ValueError(f"columns: got {columns}; allowed: 0 to the {seq_len} keys there are")
+    if q.shape[1] % k_cache.shape[1]:
+        raise ValueError(
+            f"heads: got {q.shape[1]} query heads and {k_cache.shape[1]} KV heads; query heads "
+            "must be a multiple of KV heads"
+        )
 
 
 def _selected(

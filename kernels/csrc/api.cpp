@@ -6,6 +6,8 @@
 
 #include "attention.h"
 #include "cpu_features.h"
+#include "heaviest.h"
+#include "index_lists.h"
 #include "thread_pool.h"
 
 #define VLLM_SPARSE_API extern "C" __attribute__((visibility("default")))
@@ -149,4 +151,49 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// 0 on success, 1 when memory ran out.
+VLLM_SPARSE_API int vllm_sparse_row_scores(const RowScores* args) {
+  try {
+    const RowScores& a = *args;
+    const Kernels* k = kernels();
+    const int64_t group = a.shape.num_heads / a.shape.num_kv_heads;
+    // As many heads together as fill a tile, but a piece of work for each thread.
+    int64_t together = kTile / lanes_of_rows(a.num_rows);
+    while (together > 1 && a.num_wanted / together < num_threads()) together /= 2;
+    std::vector<RowWork> work;
+    for (int64_t h = 0; h < a.num_wanted;) {
+      int heads = 1;
+      while (heads < together && h + heads < a.num_wanted &&
+             a.heads[h + heads] / group == a.heads[h] / group) {
+        ++heads;
+      }
+      work.push_back({h, heads});
+      h += heads;
+    }
+    const auto run = [&](int64_t i, float* scratch) { k->row_scores(a, work[i], scratch); };
+    return parallel_for(work.size(), k->row_scores_scratch(a), run) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// The small steps of planning. 0 on success, 1 when memory ran out.
+
+VLLM_SPARSE_API int vllm_sparse_block_means(const BlockMeans* args) {
+  const Kernels* k = kernels();
+  const int64_t blocks = (args->seq_len + kBlock - 1) / kBlock;
+  const auto run = [&](int64_t i, float*) { k->block_means(*args, i); };
+  return parallel_for(args->num_heads * blocks, 0, run) ? 0 : 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_heaviest(const Heaviest* args) {
+  const auto run = [&](int64_t head, float*) { heaviest(*args, head); };
+  return parallel_for(args->heads, 0, run) ? 0 : 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_index_lists(const IndexLists* args) {
+  const auto run = [&](int64_t tile, float*) { index_lists(*args, tile); };
+  return parallel_for(args->tiles, 0, run) ? 0 : 1;
 }

@@ -1,4 +1,5 @@
-// What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py.
+// What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py,
+// kernels/row_scoring.py and kernels/plan_steps.py.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +58,47 @@ struct Decode {
   const int32_t* seq_lens;
 };
 
+// Exact attention of up to 64 rows of one sequence: how much of it each block of keys gets, and
+// which single keys get most.
+struct RowScores {
+  Shape shape;  // one sequence; num_heads as q has them
+  PagedKV kv;   // v is not read
+  const void* q;
+  int64_t q_row_stride, q_head_stride;
+  const int64_t* positions;  // [R] the last key that each row sees; negative: none
+  const int64_t* base_from;  // [R] first block of each row's base, or null: no base
+  const int64_t* heads;      // [h] query heads; those of one KV head stand together
+  int64_t num_rows, num_wanted, seq_len, num_columns;
+  int64_t by_heaviest;  // columns are ranked by their heaviest row, else by all rows but that one
+  float* blocks;        // [h, R, nb]
+  float* squares;       // [h, R, nb], or null
+  int64_t* columns;     // [h, M]
+  float* column_mass;   // [h, R, M]
+};
+
+// Some of the wanted heads, all of one KV head: their rows fill the lanes of a tile.
+struct RowWork {
+  int64_t first;  // among the wanted heads
+  int heads;
+};
+
+// Mean key of each block of one sequence.
+struct BlockMeans {
+  PagedKV kv;  // v is not read
+  int64_t dtype, head_size, seq_len;
+  const int64_t* heads;  // [h] KV heads
+  int64_t num_heads;
+  float* means;  // [h, nb, D]
+};
+
+// Lanes of a tile that `rows` rows of a head take: full vectors, or a power of two of lanes.
+inline int lanes_of_rows(int64_t rows) {
+  if (rows > 16) return static_cast<int>((rows + 15) / 16 * 16);
+  int lanes = 1;
+  while (lanes < rows) lanes *= 2;
+  return lanes;
+}
+
 constexpr int kMaxHeads = 8;  // heads of a TileWork; their tiles stay in the second-level cache
 
 // One query tile of some query heads of one KV head: the unit of work of prefill. The heads are
@@ -87,6 +129,9 @@ struct Kernels {
   // the sum is made in place.
   void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, float* out,
                        const float* lse, int64_t parts);
+  size_t (*row_scores_scratch)(const RowScores&);
+  void (*row_scores)(const RowScores&, const RowWork&, float* scratch);
+  void (*block_means)(const BlockMeans&, int64_t index);  // counts heads x blocks
 };
 
 const Kernels* generic_kernels();

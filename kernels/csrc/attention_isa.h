@@ -5,8 +5,10 @@
 // kernel keeps KEYS x VECS accumulators in registers.
 #pragma once
 
+#include "block_means.h"
 #include "decode_split.h"
 #include "prefill_tile.h"
+#include "row_scores.h"
 
 namespace vllm_sparse {
 namespace {
@@ -45,9 +47,34 @@ void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, float* out,
   }
 }
 
+size_t row_scores_scratch(const RowScores& a) { return RowScratch::floats(a); }
+
+void row_scores_any(const RowScores& a, const RowWork& w, float* scratch) {
+  switch (a.shape.dtype) {
+    case kFloat32: return row_scores<float>(a, w, scratch);
+    case kBFloat16: return row_scores<BFloat16>(a, w, scratch);
+    case kFloat16: return row_scores<Float16>(a, w, scratch);
+  }
+}
+
+void block_means_any(const BlockMeans& a, int64_t index) {
+  switch (a.dtype) {
+    case kFloat32: return block_means<float>(a, index);
+    case kBFloat16: return block_means<BFloat16>(a, index);
+    case kFloat16: return block_means<Float16>(a, index);
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
-  return {name,           prefill_scratch,  prefill_tile_any,
-          decode_scratch, decode_split_any, decode_merge_any};
+  return {name,
+          prefill_scratch,
+          prefill_tile_any,
+          decode_scratch,
+          decode_split_any,
+          decode_merge_any,
+          row_scores_scratch,
+          row_scores_any,
+          block_means_any};
 }
 
 }  // namespace

@@ -9,12 +9,11 @@
 #include <type_traits>
 
 #include "rows.h"
+#include "score_tile.h"
 #include "softmax_tile.h"
 
 namespace vllm_sparse {
 namespace {
-
-constexpr int kScoreRows = (kBlock + kKeys - 1) / kKeys * kKeys;  // the last group may be padded
 
 // One head of the tile, in scratch memory.
 struct TileHead : SoftmaxTile {
@@ -48,52 +47,6 @@ struct SharedBlock {
     return kScoreRows * kTile + 2 * kBlock * head_size;
   }
 };
-
-// Rows to bring into the cache beside the scores of the block before. Without it a fifth of the
-// time went into waiting for rows (measured at 16K keys, D = 128, fp32).
-struct Ahead {
-  const void* row[2 * kBlock];
-  int count = 0;
-  int next = 0;
-  int step = 0;  // rows at a time
-  int64_t bytes = 0;
-
-  void fetch() {
-    for (int i = 0; i < step && next < count; ++i, ++next) {
-      const char* line = static_cast<const char*>(row[next]);
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b, 0, 2);
-    }
-  }
-};
-
-// scores[n, :] = sum_d keys[n][d] * q[d, :] for n < count, rounded up to groups of kKeys rows
-// (the caller repeats the last row's pointer there).
-inline void score(const TileHead& s, const float* const* keys, int count, Ahead& ahead) {
-  const int64_t head_size = s.head_size;
-  for (int n = 0; n < count; n += kKeys) {
-    ahead.fetch();
-    const float* row[kKeys];
-    for (int i = 0; i < kKeys; ++i) row[i] = keys[n + i];
-    for (int c = 0; c < kVectors; c += kVecs) {
-      Vec acc[kKeys][kVecs] = {};
-      const float* q = s.q + c * kLanes;
-      for (int64_t d = 0; d < head_size; ++d, q += kTile) {
-        Vec x[kVecs];
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) x[j] = load(q + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 8
-          for (int j = 0; j < kVecs; ++j) acc[i][j] += row[i][d] * x[j];
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j)
-          store(s.scores + (n + i) * kTile + (c + j) * kLanes, acc[i][j]);
-    }
-  }
-}
 
 // Copies one row of V to where `accumulate` reads it. In the page the rows of a strip of 16 dims
 // lie 2 D floats apart, which maps them to a handful of L1 sets: reading them there cost 20% of
@@ -166,7 +119,7 @@ struct KeyRows {
 
 inline void attend(const TileHead& head, const SharedBlock& block, const KeyRows& keys,
                    Ahead& ahead) {
-  score(head, keys.row, keys.count, ahead);
+  score(head.q, keys.row, keys.count, head.head_size, 0, kVectors, head.scores, ahead);
   if (keys.masked) mask_causal(head, keys.position, keys.count);
   softmax_step(head, keys.count);
   accumulate(head, block.values, keys.count);

@@ -76,7 +76,7 @@ class Pool {
   bool run(int64_t count, size_t scratch_floats,
            const std::function<void(int64_t, float*)>& task) {
     for (Scratch& scratch : scratch_) {
-      if (scratch.at_least(scratch_floats) == nullptr) return false;
+      if (scratch.at_least(scratch_floats) == nullptr && scratch_floats > 0) return false;
     }
     job_.task = &task;
     job_.next.store(count, std::memory_order_relaxed);

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_sparse.kernels import RowScores
 from vllm_sparse.kernels.block_indices import TILE
 from vllm_sparse.patterns import HeadPattern
 
@@ -17,10 +18,9 @@ from .samples import (
     PROBE_ROWS,
     ROWS_EACH,
     Samples,
-    base_keys,
     sample_rows,
 )
-from .scores import RowScorer, block_mass
+from .scores import Keys
 
 KINDS = ("a_shape", "vertical_slash", "block_sparse")
 # Single columns that compete: 1/16 of the keys, at most 1024 (8% of the cost at 16K).
@@ -64,35 +64,21 @@ class Request:
         return Request(self.heads[keep], self.coverage[keep], self.kinds[keep])
 
 
-def plan(
-    selection: Selection,
-    request: Request,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
-) -> None:
-    """Write the request's heads into the selection.
-
-    Args:
-        queries: [Tq, H, D] of the chunk.
-        keys: [Hkv, 64 nb, D] of the sequence, zeros after the last.
-    """
-    chunk, group = selection.chunk, queries.shape[1] // keys.shape[0]
+def plan(selection: Selection, request: Request, queries: torch.Tensor, keys: Keys) -> None:
+    """Write the request's heads into the selection; queries [Tq, H, D] of the chunk."""
+    chunk = selection.chunk
     body_rows = (chunk.tiles - 1) * TILE
     count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS) if body_rows else 0
-    rows_at_once = max(count, min(chunk.query_len, TILE)) * group
-    scorer = RowScorer(keys[0], scale, rows_at_once)
     if body_rows:
-        hopeless = probe(chunk, request, queries, keys, scorer, body_rows)
+        hopeless = probe(chunk, request, queries, keys, body_rows)
         selection.set_blocks(request.heads[hopeless], chunk.causal[:, None])
         request = request.where(~hopeless)
     if not len(request.heads):
         return
-    measured = measure(
-        chunk, request, queries, keys, scorer, sample_rows(body_rows, count, chunk.device)
-    )
+    sample = sample_rows(body_rows, count, chunk.device)
+    measured = measure(chunk, request, queries, keys, sample)
     if body_rows:
-        dense = compete(selection, request, measured.samples, queries, keys, scale)
+        dense = compete(selection, request, measured.samples, queries, keys)
     else:
         dense = torch.zeros_like(request.heads, dtype=torch.bool)
     # What is not finite cannot be judged: read everything.
@@ -101,39 +87,24 @@ def plan(
     finish(selection, request, measured, ~dense)
 
 
-def by_kv_head(heads: torch.Tensor, group: int) -> list[tuple[int, torch.Tensor]]:
-    """(KV head, index into `heads` of those that share it)."""
-    kv = heads // group
-    return [(i, (kv == i).nonzero()[:, 0]) for i in kv.unique().tolist()]
-
-
 def probe(
-    chunk: Chunk,
-    request: Request,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scorer: RowScorer,
-    body_rows: int,
+    chunk: Chunk, request: Request, queries: torch.Tensor, keys: Keys, body_rows: int
 ) -> torch.Tensor:
     """Heads [h] whose mass is so even that no few keys can hold it; from a handful of rows.
 
     k keys of masses p hold at most sqrt(k sum p^2), so what the base leaves to be covered, c,
     takes at least c^2 / sum p^2 of the other keys.
     """
-    group = queries.shape[1] // keys.shape[0]
     rows = sample_rows(body_rows, min(PROBE_ROWS, body_rows), chunk.device)
-    skip = base_keys(chunk, rows // TILE)[:, None]
-    share = torch.empty_like(request.coverage)
-    for kv, index in by_kv_head(request.heads, group):
-        q = queries[rows[:, None], request.heads[index]]
-        mass = scorer.attention(q, keys[kv], chunk.start + rows)
-        mass.scatter_(2, skip.expand(-1, len(index), -1), 0.0)
-        rest = block_mass(mass).sum(-1)
-        squares = block_mass(mass.square_()).sum(-1)
-        missing = (request.coverage[index] - 1 + rest).clamp(min=0.0)
-        least = missing.square() / squares.clamp(min=1e-30)
-        share[index] = (least / (chunk.start + rows + 1)[:, None]).mean(0)
-    return share > HOPELESS
+    scores = keys.score(queries[rows], chunk.start + rows, request.heads, squares=True)
+    outside = (~chunk.base[rows // TILE]).float()
+    rest = (scores.blocks * outside).sum(-1)
+    squares = (scores.squares * outside).sum(-1)
+    missing = (request.coverage[:, None] - 1 + rest).clamp(min=0.0)
+    least = missing.square() / squares.clamp(min=1e-30)
+    # Of the keys of all rows together: the mean of their shares is pulled down by early rows, most
+    # of whose keys are the base's. An even head of 2K tokens is at 0.59 by it, and at 0.72 so.
+    return least.sum(1) > HOPELESS * (chunk.start + rows + 1).sum()
 
 
 @dataclass
@@ -149,56 +120,23 @@ class Measured:
 
 
 def measure(
-    chunk: Chunk,
-    request: Request,
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    scorer: RowScorer,
-    sample: torch.Tensor,
+    chunk: Chunk, request: Request, queries: torch.Tensor, keys: Keys, sample: torch.Tensor
 ) -> Measured:
-    group = queries.shape[1] // keys.shape[0]
     last = torch.arange(max(chunk.query_len - TILE, 0), chunk.query_len, device=chunk.device)
-    heads = len(request.heads)
     width = min(max(chunk.seq_len // COLUMN_SHARE, MIN_COLUMNS), MAX_COLUMNS, chunk.seq_len)
-    part = _Part.empty(chunk.device, heads, len(sample), chunk.blocks, width)
-    last_part = _Part.empty(chunk.device, heads, len(last), chunk.blocks, min(width, LAST_COLUMNS))
-    for rows, out in ((sample, part), (last, last_part)):
-        skip = base_keys(chunk, rows // TILE)[:, None]
-        for kv, index in by_kv_head(request.heads, group) if len(rows) else ():
-            q = queries[rows[:, None], request.heads[index]]
-            mass = scorer.attention(q, keys[kv], chunk.start + rows)
-            out.blocks[index] = block_mass(mass).transpose(0, 1)
-            mass.scatter_(2, skip.expand(-1, len(index), -1), 0.0)
-            support = mass.amax(0) if out is last_part else vertical_slash.support(mass)
-            out.columns[index] = top = support.topk(out.columns.shape[1]).indices
-            out.column_mass[index] = gather_columns(mass, top)
-    samples = Samples(chunk, sample // TILE, part.blocks, part.columns, part.column_mass)
-    finite = (part.blocks.sum((1, 2)) + last_part.blocks.sum((1, 2))).isfinite()
-    return Measured(
-        samples, last, last_part.blocks, last_part.columns, last_part.column_mass, finite
+
+    def score(rows: torch.Tensor, columns: int, by_heaviest: bool) -> RowScores:
+        return keys.score(
+            queries[rows], chunk.start + rows, request.heads, columns=columns,
+            by_heaviest=by_heaviest, base_from=chunk.last_block[rows // TILE] - 1,
+        )  # fmt: skip
+
+    of_sample, of_last = score(sample, width, False), score(last, min(width, LAST_COLUMNS), True)
+    samples = Samples(
+        chunk, sample // TILE, of_sample.blocks, of_sample.columns, of_sample.column_mass
     )
-
-
-@dataclass
-class _Part:
-    """What is kept of the attention of R rows: [h, R, nb], [h, M], [h, R, M]."""
-
-    blocks: torch.Tensor
-    columns: torch.Tensor
-    column_mass: torch.Tensor
-
-    @classmethod
-    def empty(cls, device: torch.device, heads: int, rows: int, blocks: int, width: int) -> _Part:
-        return cls(
-            torch.empty(heads, rows, blocks, dtype=torch.float32, device=device),
-            torch.zeros(heads, width, dtype=torch.int64, device=device),
-            torch.empty(heads, rows, width, dtype=torch.float32, device=device),
-        )
-
-
-def gather_columns(mass: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """[R, g, n] at columns [g, M] -> [g, R, M]."""
-    return mass.gather(2, columns.expand(mass.shape[0], -1, -1)).transpose(0, 1)
+    finite = (of_sample.blocks.sum((1, 2)) + of_last.blocks.sum((1, 2))).isfinite()
+    return Measured(samples, last, of_last.blocks, of_last.columns, of_last.column_mass, finite)
 
 
 def compete(
@@ -206,12 +144,11 @@ def compete(
     request: Request,
     samples: Samples,
     queries: torch.Tensor,
-    keys: torch.Tensor,
-    scale: float,
+    keys: Keys,
 ) -> torch.Tensor:
     """Give each head its cheapest pattern; returns the heads [h] that none pays for."""
     chunk, coverage, heads = selection.chunk, request.coverage, request.heads
-    group = queries.shape[1] // keys.shape[0]
+    group = queries.shape[1] // keys.heads
     cost = coverage.new_full((len(heads), len(KINDS)), torch.inf)
     cost[:, 0], offset = a_shape.candidate(chunk, samples, coverage)
     cost.masked_fill_(~request.kinds, torch.inf)
@@ -228,9 +165,9 @@ def compete(
     open_ = ((cost.amin(1) > GOOD * dense_cost) & request.kinds[:, 2]).nonzero()[:, 0]
     tile_blocks = torch.zeros(len(heads), 0, 0, dtype=torch.bool, device=chunk.device)
     if len(open_):
-        pooled_q = block_sparse.pooled_queries(chunk, queries)[:, heads[open_]]
-        pooled_k = block_sparse.pooled_keys(chunk, keys)[heads[open_] // group]
-        score = block_sparse.scores(chunk, pooled_q, pooled_k, scale)
+        pooled_q = block_sparse.pooled_queries(chunk, queries, heads[open_])
+        pooled_k = keys.block_means(heads[open_] // group)
+        score = block_sparse.scores(chunk, pooled_q, pooled_k, keys.scale)
         cost[open_, 2], blocks = block_sparse.candidate(
             chunk, samples.of(open_), score, coverage[open_]
         )

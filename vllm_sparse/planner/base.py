@@ -7,7 +7,8 @@ from functools import cached_property
 
 import torch
 
-from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices, num_tiles
+from vllm_sparse.kernels import BlockIndices, index_lists
+from vllm_sparse.kernels.block_indices import BLOCK, TILE, num_tiles
 
 # Keys of a block that one gathered column costs as much as: 1.15 in fp32 (1024 columns against 16
 # blocks, D = 128), where the heads of a KV head share the blocks they read and not the columns.
@@ -128,16 +129,7 @@ class Selection:
 
     def build(self) -> BlockIndices:
         """CSR lists, without what causality hides and without columns inside selected blocks."""
-        self.blocks &= self.chunk.causal[:, None]
-        if self.columns is None:
-            return BlockIndices.from_masks(self.blocks)
-        block = (self.columns // BLOCK).clamp(min=0).long()
-        keep = ~self.blocks.gather(2, block)
-        keep &= (self.columns >= 0) & (self.columns <= self.chunk.last_key[:, None, None])
-        counts = keep.sum(-1, dtype=torch.int32).flatten()
-        offsets = counts.new_zeros(counts.numel() + 1)
-        torch.cumsum(counts, 0, out=offsets[1:])
-        return BlockIndices.from_masks(self.blocks, offsets, self.columns[keep])
+        return index_lists(self.blocks, self.columns, self.chunk.last_key)
 
 
 def columns_ascending(positions: torch.Tensor, keep: torch.Tensor, unused: int) -> torch.Tensor:

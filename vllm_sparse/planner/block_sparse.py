@@ -4,48 +4,34 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels import block_means
 from vllm_sparse.kernels.block_indices import BLOCK, TILE
 
 from .base import Chunk
 from .samples import Samples, first, sure
-from .scores import score_dtype
 
 # A block is read where its score is at most this much below the tile's best (logits).
 LEVELS = 32
 SMALLEST, LARGEST = 0.02, 40.0
 
 
-def pooled_queries(chunk: Chunk, queries: torch.Tensor) -> torch.Tensor:
-    """Mean query of each tile: [Tq, H, D] -> fp32 [T, H, D]."""
+def pooled_queries(chunk: Chunk, queries: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Mean query of each tile: [Tq, H, D] -> fp32 [h, T, D] of `heads`."""
     whole = chunk.query_len // TILE
-    parts = [pooled(queries[: whole * TILE].flatten(1)).unflatten(1, queries.shape[1:])]
-    if whole < chunk.tiles:
-        parts.append(queries[whole * TILE :].float().mean(0, keepdim=True))
-    return torch.cat(parts)
-
-
-def pooled_keys(chunk: Chunk, keys: torch.Tensor) -> torch.Tensor:
-    """Mean key of each block: [Hkv, 64 nb, D], zero after the last key -> fp32 [Hkv, nb, D]."""
-    mean = pooled(keys.flatten(0, 1)).unflatten(0, (len(keys), chunk.blocks))
-    mean[:, -1] *= BLOCK / (chunk.seq_len - (chunk.blocks - 1) * BLOCK)
-    return mean
-
-
-def pooled(rows: torch.Tensor) -> torch.Tensor:
-    """Means of 64 rows each: [64 m, X] -> fp32 [m, X].
-
-    As a product: a mean in bf16 takes four times as long (2.2 instead of 0.5 ms for 4M entries).
-    """
-    dtype = score_dtype(rows.dtype)
-    weight = torch.full((1, BLOCK), 1 / BLOCK, dtype=dtype, device=rows.device)
-    return torch.matmul(weight, rows.to(dtype).unflatten(0, (-1, BLOCK)))[:, 0].float()
+    tiles = queries[: whole * TILE].unflatten(0, (whole, TILE)).transpose(1, 2)
+    table = torch.arange(whole, dtype=torch.int32, device=chunk.device)
+    mean = block_means(tiles, table, whole * TILE, heads)  # a tile is a page of queries
+    if whole == chunk.tiles:
+        return mean
+    rest = queries[whole * TILE :, heads].float().mean(0)
+    return torch.cat([mean, rest[:, None]], 1)
 
 
 def scores(
     chunk: Chunk, pooled_q: torch.Tensor, pooled_k: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """[T, h, D] x [h, nb, D] -> [h, T, nb], -inf for blocks in the future."""
-    score = torch.bmm(pooled_q.transpose(0, 1) * scale, pooled_k.transpose(1, 2))
+    """[h, T, D] x [h, nb, D] -> [h, T, nb], -inf for blocks in the future."""
+    score = torch.bmm(pooled_q * scale, pooled_k.transpose(1, 2))
     score = score.nan_to_num(nan=torch.inf)  # what cannot be judged is read
     score.masked_fill_(~chunk.causal, -torch.inf)
     return score

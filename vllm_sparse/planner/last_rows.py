@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse.kernels import heaviest
 from vllm_sparse.kernels.block_indices import BLOCK
 
 from .base import COLUMN_COST
 
 # How many single columns are tried beside whole blocks.
 COLUMN_COUNTS = (0, 32)
-BINS = 192
-RANGE = 12.0  # natural logarithm, below a row's heaviest block; a bin is 6% wide
 
 
 def select(
@@ -48,7 +47,7 @@ def select(
         mass = column_mass[..., :count]
         left = rest.scatter_add(2, block_of[:, None, :count].expand_as(mass), -mass)
         need = missing - mass.sum(-1)
-        chosen = heaviest(left.clamp_(min=0.0), need).any(1) | base
+        chosen = heaviest(left, need).any(1) | base
         single = ~chosen.gather(1, block_of[:, :count])
         single &= mass.amax(1) > 0 if count else single
         cost = chosen.sum(1).float() * BLOCK + single.sum(1).float() * COLUMN_COST
@@ -58,23 +57,3 @@ def select(
         best_columns[:, count:] &= ~better[:, None]
         best_columns[:, :count] = torch.where(better[:, None], single, best_columns[:, :count])
     return best_blocks, best_columns
-
-
-def heaviest(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
-    """The heaviest entries of each row whose sum reaches `need`; near ties come together.
-
-    By a histogram of the logarithms, a fifth of the cost of the sort that it replaces. An even
-    row is one bin, and reads all its blocks rather than `need` of them.
-
-    Args:
-        mass: [h, R, nb], not negative; need: [h, R].
-
-    Returns:
-        bool [h, R, nb]; nothing where need <= 0, everything where it cannot be reached.
-    """
-    top = mass.amax(-1, keepdim=True).clamp(min=1e-30)
-    bin_of = ((mass / top).log_() * (-BINS / RANGE)).clamp_(0, BINS - 1).long()
-    held = mass.new_zeros(*mass.shape[:2], BINS).scatter_add_(2, bin_of, mass).cumsum(-1)
-    # Bins up to the first that reaches the need: as many as do not reach it, and one more.
-    last = (held < need[..., None]).sum(-1, keepdim=True)
-    return (bin_of <= last) & (need > 0)[..., None]

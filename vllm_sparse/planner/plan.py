@@ -12,7 +12,7 @@ from vllm_sparse.patterns import HeadPattern
 
 from . import a_shape, adaptive, block_sparse, vertical_slash
 from .base import Chunk, Selection
-from .scores import RowScorer, cached_keys
+from .scores import Keys
 
 # With so few blocks a selection cannot save what making it costs.
 SHORT_BLOCKS = 8
@@ -56,9 +56,9 @@ def plan_prefill(
         if query_len == 0 or chunk.blocks <= SHORT_BLOCKS:
             part = BlockIndices.everything([query_len], [seq_len], q.shape[1], q.device)
         else:
-            keys = cached_keys(k_cache, block_table[s], seq_len)
+            keys = Keys(k_cache, block_table[s], seq_len, scale)
             queries = q[starts[s] : starts[s + 1]]
-            part = plan_chunk(chunk, queries, keys, patterns, scale, coverage)
+            part = plan_chunk(chunk, queries, keys, patterns, coverage)
         parts.append(part)
     return BlockIndices.cat(parts)
 
@@ -66,12 +66,11 @@ def plan_prefill(
 def plan_chunk(
     chunk: Chunk,
     queries: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Keys,
     patterns: Sequence[HeadPattern],
-    scale: float,
     coverage: float,
 ) -> BlockIndices:
-    """One sequence's chunk: queries [Tq, H, D], keys [Hkv, 64 nb, D]."""
+    """One sequence's chunk: queries [Tq, H, D]."""
     selection = Selection.empty(chunk, len(patterns))
 
     def heads_of(kind: str) -> list[int]:
@@ -88,22 +87,22 @@ def plan_chunk(
         index = torch.tensor(heads, device=chunk.device)
         selection.set_blocks(index, a_shape.fixed(chunk, sink, window))
     if heads := heads_of("vertical_slash"):
-        _vertical_slash(selection, heads, queries, keys, patterns, scale)
+        _vertical_slash(selection, heads, queries, keys, patterns)
     if heads := heads_of("block_sparse"):
         (count,) = _numbers(patterns, heads, ("blocks",), chunk.device)
         index = torch.tensor(heads, device=chunk.device)
-        group = len(patterns) // keys.shape[0]
+        group = len(patterns) // keys.heads
         score = block_sparse.scores(
             chunk,
-            block_sparse.pooled_queries(chunk, queries[:, index]),
-            block_sparse.pooled_keys(chunk, keys)[index // group],
-            scale,
+            block_sparse.pooled_queries(chunk, queries, index),
+            keys.block_means(index // group),
+            keys.scale,
         )
         selection.set_blocks(index, block_sparse.fixed(chunk, score, count))
     rest = [i for i, p in enumerate(patterns) if not p.fixed and i not in dense]
     if rest:
         request = adaptive.Request.of(rest, [patterns[i] for i in rest], coverage, chunk.device)
-        adaptive.plan(selection, request, queries, keys, scale)
+        adaptive.plan(selection, request, queries, keys)
     return selection.build()
 
 
@@ -118,18 +117,15 @@ def _vertical_slash(
     selection: Selection,
     heads: list[int],
     queries: torch.Tensor,
-    keys: torch.Tensor,
+    keys: Keys,
     patterns: Sequence[HeadPattern],
-    scale: float,
 ) -> None:
-    chunk, group = selection.chunk, len(patterns) // keys.shape[0]
+    chunk, group = selection.chunk, len(patterns) // keys.heads
     rows = torch.arange(max(chunk.query_len - LAST_ROWS, 0), chunk.query_len, device=chunk.device)
     index = torch.tensor(heads, device=chunk.device)
-    scorer = RowScorer(keys[0], scale, len(rows) * group)
-    for kv, members in adaptive.by_kv_head(index, group):
-        mine = index[members]
-        q = queries[rows[:, None], mine]
-        mass = scorer.attention(q, keys[kv], chunk.start + rows)[..., : chunk.seq_len]
+    for kv in (index // group).unique().tolist():
+        mine = index[index // group == kv]
+        mass = keys.attention(queries[rows[:, None], mine], chunk.start + rows, kv)
         vertical, slash = _numbers(patterns, mine.tolist(), ("vertical", "slash"), chunk.device)
         blocks, columns = vertical_slash.fixed(chunk, mass.transpose(0, 1), vertical, slash)
         selection.set_blocks(mine, blocks)

@@ -43,14 +43,6 @@ def first(enough: torch.Tensor) -> torch.Tensor:
     return (enough.cumsum(-1) == 0).sum(-1)
 
 
-def base_keys(chunk: Chunk, tiles: torch.Tensor) -> torch.Tensor:
-    """int64 [R, 192]: the keys of the base blocks of each row's tile; may repeat."""
-    last = chunk.last_block[tiles]
-    block = torch.stack([torch.zeros_like(last), (last - 1).clamp(min=0), last], 1)
-    key = block[..., None] * BLOCK + torch.arange(BLOCK, device=chunk.device)
-    return key.flatten(1)
-
-
 @dataclass
 class Samples:
     """Exact attention mass of S sampled rows of h heads outside the chunk's last tile.
