@@ -221,27 +221,29 @@ def index() -> list[Row]:
 
 
 def errors_of(heads: list[tuple], seeds: int) -> tuple[dict[str, float], float]:
-    """Mean relative error of the output over heads (q [G, D], k, v [n, 1, D]), by sampler, and the
-    share of rows read: what LSH reads without a budget is the budget of the others."""
+    """Relative error of the outputs of all heads (q [G, D], k, v [n, 1, D]) together, by sampler,
+    and the share of rows read: what LSH reads without a budget is the budget of the others."""
     from vllm_sparse.cpu_offload import LSH, TopK, Uniform, VAttention, attend
 
     makers = {
-        "lsh": lambda s: LSH(seed=s), "vattention": lambda s: VAttention(seed=s),
-        "uniform": lambda s: Uniform(seed=s), "topk": lambda s: TopK(),
+        "lsh": lambda s: LSH(seed=s), "lsh_each_head": lambda s: LSH(seed=s, shared=False),
+        "vattention": lambda s: VAttention(seed=s), "uniform": lambda s: Uniform(seed=s),
+        "topk": lambda s: TopK(),
     }  # fmt: skip
-    found: dict[str, list[float]] = {name: [] for name in makers}
-    shares = []
+    squares, norm, shares = dict.fromkeys(makers, 0.0), 0.0, []
     for q, k, v in heads:
         exact = attend(q, k, v, "exact")[0].float()
+        norm += seeds * float(exact.square().sum())
         for seed in range(seeds):
-            budget = None
+            rows = None
             for name, make in makers.items():
+                budget = None if name.startswith("lsh") else rows
                 out, _, read = attend(q, k, v, make(seed), budget, seed)
-                error = (out.float() - exact).norm(dim=-1) / exact.norm(dim=-1)
-                found[name].append(float(error.mean()))
-                budget = budget or int(read)
-            shares.append(budget / len(k))
-    return {name: statistics.mean(x) for name, x in found.items()}, statistics.mean(shares)
+                squares[name] += float((out.float() - exact).square().sum())
+                rows = int(read) if rows is None else rows
+            shares.append(rows / len(k))
+    found = {name: (total / norm) ** 0.5 for name, total in squares.items()}
+    return found, statistics.mean(shares)
 
 
 def error_rows(source: str, case: dict, heads: list[tuple], seeds: int) -> list[Row]:

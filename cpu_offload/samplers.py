@@ -221,8 +221,8 @@ def thin(
     Kept alike, rows of great weight would be lost as often as others: the error of 2.2% of a
     context thinned to 2% was 1.5 times that of the whole sample, against 1.0 times so.
     """
-    there = torch.arange(rows.shape[1]) < counts[:, None]
-    log_weight = log_weight.double().masked_fill(~there, -torch.inf)
+    there = torch.arange(int(counts.max())) < counts[:, None]
+    log_weight = log_weight[:, : there.shape[1]].double().masked_fill(~there, -torch.inf)
     share = proportional(log_weight, most).masked_fill(~there, 0.0)
     place = torch.arange(most, dtype=torch.float64).expand(len(rows), -1)
     place = place + torch.rand(len(rows), 1, generator=generator, dtype=torch.float64)

@@ -26,7 +26,8 @@ def allocate(nbytes: int) -> torch.Tensor:
     Rows that are scattered over 4 KiB pages cost a page walk each; on 2 MiB pages reading runs
     1.1 to 1.25 times as fast (Zen 4).
     """
-    memory = mmap.mmap(-1, max(nbytes, 1))
+    # Private: what mmap makes by default is shared memory, which gets no huge pages on request.
+    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)

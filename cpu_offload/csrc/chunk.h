@@ -25,17 +25,21 @@ struct Chunk {
   const T* values[kBlock];
   int64_t rows[kBlock];
   int count;
+  bool scattered;  // most rows do not follow the one before in memory
 
   // Rows `first` .. of an item, at most 64 and none from `last` on; `rows` null: of the context.
   // The pointers behind the last row repeat it, so that kernels may work on whole steps.
   void find(const RowView& view, const int64_t* from, int64_t first, int64_t last) {
     count = static_cast<int>(last - first < kBlock ? (last > first ? last - first : 0) : kBlock);
+    int jumps = 0;
     for (int n = 0; n < count; ++n) {
       rows[n] = from != nullptr ? from[first + n] : first + n;
       const char* row = view.rows + row_offset(view, rows[n], view.row_bytes);
+      jumps += n > 0 && row != reinterpret_cast<const char*>(keys[n - 1]) + view.row_bytes;
       keys[n] = reinterpret_cast<const T*>(row);
       values[n] = reinterpret_cast<const T*>(row + view.row_bytes / 2);
     }
+    scattered = 2 * jumps > count;
     for (int n = count; n < kBlock && count > 0; ++n) {
       keys[n] = keys[count - 1];
       values[n] = values[count - 1];
