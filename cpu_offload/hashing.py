@@ -17,7 +17,7 @@ INCLUSION_STEPS = 4096  # of the table of ln u; kInclusionSteps in csrc/gather.h
 LEAST_PROBABILITY = 1e-30  # in place of 0, at a cosine of -1: such a key is never sampled
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # one is 188 KB at head size 128
 def directions(head_size: int, bits: int, tables: int, seed: int) -> torch.Tensor:
     """fp32 [D, L * K] standard normal; column t * K + k decides bit k of table t."""
     generator = torch.Generator().manual_seed(seed)

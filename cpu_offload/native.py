@@ -118,6 +118,9 @@ def gather(
 
     Returns:
         out fp32 like q, lse fp32 [T, kv_heads, E, G].
+
+    Raises:
+        ValueError: a row is none of the context.
     """
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1])
     if _library() is None:
@@ -126,6 +129,8 @@ def gather(
         ):
             chosen = torch.arange(int(counts[i])) if rows is None else rows[i, : counts[i]]
             logs = None if log_prob is None else log_prob[i, : counts[i]]
+            if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < context.length:
+                raise _outside(context)
             k, v = context.rows(int(kv_heads(q)[i]), chosen)
             o[:], e[:] = reference.gathered_attention(queries, k, v, logs, scale)
         return out, lse
@@ -138,9 +143,17 @@ def gather(
     table["out"], table["lse"] = _addresses(out.flatten(0, 2)), _addresses(lse.flatten(0, 2))
     exact = context.store.dtype == torch.bfloat16 and torch.equal(q, q.bfloat16().float())
     args = _Gather(*_shape(context, q), int(exact), scale, table.ctypes.data)
-    _call("vllm_sparse_gather", ctypes.byref(args))
+    if _call("vllm_sparse_gather", ctypes.byref(args)) == 2:
+        raise _outside(context)
     del keep
     return out, lse
+
+
+def _outside(context: Context) -> ValueError:
+    return ValueError(
+        f"rows: a proposed row is outside 0 to {context.length - 1}; a sampler must propose rows "
+        "of the context"
+    )
 
 
 def scores(context: Context, q: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -310,6 +323,8 @@ def _addresses(x: torch.Tensor) -> np.ndarray:
     return (x.data_ptr() + step * np.arange(len(x))).astype(_ptr)
 
 
-def _call(name: str, *args: object) -> None:
-    if getattr(_library(), name)(*args) != 0:
+def _call(name: str, *args: object) -> int:
+    code = getattr(_library(), name)(*args)
+    if code == 1:
         raise MemoryError(f"{name.removeprefix('vllm_sparse_')}: out of memory for scratch buffers")
+    return code

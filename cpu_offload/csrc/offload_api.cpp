@@ -96,9 +96,16 @@ VLLM_SPARSE_API int vllm_sparse_offload_set_isa(const char* name) {
 
 // These return 0 on success, 1 when memory ran out.
 
+// 2, and nothing is read, where a row is none of its context.
 VLLM_SPARSE_API int vllm_sparse_gather(const Gather* args) {
+  const Gather& a = *args;
+  for (int64_t i = 0; i < a.num_items; ++i) {
+    const GatherItem& item = a.items[i];
+    for (int64_t n = 0; item.rows != nullptr && n < item.count; ++n) {
+      if (item.rows[n] < 0 || item.rows[n] >= item.view.length) return 2;
+    }
+  }
   return guarded([&] {
-    const Gather& a = *args;
     const GatherKernels* k = kernels();
     const int64_t threads = num_threads();
     int64_t rows = 0;

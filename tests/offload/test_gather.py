@@ -108,6 +108,16 @@ def test_one_row_and_none(isa, dtype):
         check(empty, q, None, None, torch.tensor([0, 0]))
 
 
+@pytest.mark.parametrize("row", [-1, 20, 1 << 40, -(1 << 63)])
+def test_rows_outside_the_context_are_refused(isa, row):
+    context = make_context(20)
+    rows = torch.tensor([[3, 4, 5], [6, row, 7]])
+    with pytest.raises(ValueError, match="outside 0 to 19; a sampler must propose rows of the"):
+        native.gather(context, queries(context), rows, None, torch.tensor([3, 3]), scale=1.0)
+    out, _ = native.gather(context, queries(context), rows, None, torch.tensor([3, 1]), scale=1.0)
+    assert out.isfinite().all()
+
+
 def test_each_query_head_with_rows_of_its_own(isa):
     context = make_context(200, dtype=torch.bfloat16)
     q = queries(context, tokens=2).transpose(2, 3).contiguous()
