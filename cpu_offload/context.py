@@ -73,7 +73,7 @@ class Context:
                 self.segments.append(opened.pop())
             segment = self.segments[-1]
             part = slice(done, done + min(size - segment.length, k.shape[0] - done))
-            self.store.append(segment, k[part], v[part])
+            self.store.write(segment, k[part], v[part])
             for sampler in self.samplers:
                 sampler.extend(self.store, segment, k[part])
             key = next(names, None) if segment.length == size else None

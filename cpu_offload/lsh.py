@@ -24,7 +24,6 @@ class LshIndex:
         self.bits, self.tables, self.directions = bits, tables, directions
         self.centre = torch.zeros(heads, store.head_size)
         self.length = self.built = self._centred = 0
-        self._heads = heads
         self._ids = np.empty((heads * tables, rows), np.uint16)
         self._offsets = np.zeros((heads * tables, 2**bits + 1), np.uint32)
         self._recent = np.empty((heads * tables, min(RECENT, rows)), np.uint16)

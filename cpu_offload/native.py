@@ -22,7 +22,7 @@ from .context import Context
 from .hashing import INCLUSION_STEPS
 from .store import quantise
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_DTYPES = {**cpu.DTYPES, torch.int8: 3}
 
 _i64, _ptr = np.int64, np.uint64
 _VIEW = np.dtype(
@@ -183,16 +183,12 @@ def scores_of(keys: Sequence[Int8Keys], q: torch.Tensor) -> torch.Tensor:
         for head, queries, products in zip(kv_heads(q), q.flatten(0, 2), found, strict=True):
             products[:] = queries @ every[int(head)].T
         return found
-    table = np.zeros(len(found), _SCORE_ITEM)
-    head = kv_heads(q).astype(_ptr)
+    # Segments lie anywhere: their own addresses, from 0 on.
     segments = np.array([k.memory.data_ptr() for k in keys], _i64)
-    view = table["view"]
-    view["rows"] = head * capacity * size
-    view["scales"] = heads * capacity * size + head * capacity * 8
-    view["segments"] = segments.ctypes.data
-    view["shift"], view["row_bytes"] = capacity.bit_length() - 1, size
-    view["length"] = found.shape[2]
-    table["q"] = _addresses(q.flatten(0, 2))
+    table = _table(
+        _SCORE_ITEM, q, segments, rows=0, scales=heads * capacity * size, segment_rows=capacity,
+        row_bytes=size, length=found.shape[2],
+    )  # fmt: skip
     _score(table, torch.int8, q, found, 1.0)
     return found
 
@@ -302,19 +298,31 @@ def _shape(context: Context, q: torch.Tensor) -> tuple[int, ...]:
 def _items(dtype: np.dtype, context: Context, q: torch.Tensor) -> tuple[np.ndarray, list]:
     """Items with their views and queries; what is returned last must outlive the call."""
     store = context.store
-    assert q.dtype == torch.float32 and q.is_contiguous() and q.shape[1] == store.kv_heads
+    assert q.shape[1] == store.kv_heads
+    segments = np.array([s.slot * store.segment_bytes for s in context.segments] or [0], _i64)
+    table = _table(
+        dtype, q, segments, rows=store.address, scales=store.address + store.rows_bytes,
+        segment_rows=store.segment_rows, row_bytes=store.row_bytes, length=context.length,
+    )  # fmt: skip
+    return table, [segments, q]
+
+
+def _table(
+    dtype: np.dtype, q: torch.Tensor, segments: np.ndarray, *, rows: int, scales: int,
+    segment_rows: int, row_bytes: int, length: int,
+) -> np.ndarray:  # fmt: skip
+    """Items with their views and queries; `rows` and `scales` are addresses for KV head 0."""
+    assert q.dtype == torch.float32 and q.is_contiguous()
     head = kv_heads(q).astype(_ptr)
     table = np.zeros(len(head), dtype)
-    segments = np.array([s.slot * store.segment_bytes for s in context.segments] or [0], _i64)
     view = table["view"]
-    view["rows"] = store.address + head * store.segment_rows * store.row_bytes
-    view["scales"] = store.address + store.rows_bytes + head * store.segment_rows * 8
+    view["rows"] = rows + head * segment_rows * row_bytes
+    view["scales"] = scales + head * segment_rows * 8
     view["segments"] = segments.ctypes.data
-    view["shift"] = store.segment_rows.bit_length() - 1
-    view["row_bytes"] = store.row_bytes
-    view["length"] = context.length
+    view["shift"], view["row_bytes"] = segment_rows.bit_length() - 1, row_bytes
+    view["length"] = length
     table["q"] = _addresses(q.flatten(0, 2))
-    return table, [segments, q]
+    return table
 
 
 def _addresses(x: torch.Tensor) -> np.ndarray:

@@ -148,14 +148,18 @@ class KVStore:
                 f"segment: has {segment.length} of {self.segment_rows} rows"
                 f"{' and is sealed' if segment.sealed else ''}; {count} more do not go in"
             )
-        place = slice(segment.length, segment.length + count)
+        self.write(segment, self.checked("k", k, count), self.checked("v", v, count))
+
+    def write(self, segment: Segment, k: torch.Tensor, v: torch.Tensor) -> None:
+        """`append` for rows that were `checked`, and that the segment has room for."""
+        assert not segment.sealed and segment.length + len(k) <= self.segment_rows
+        place = slice(segment.length, segment.length + len(k))
         rows = self.rows(segment)
-        for which, (name, x) in enumerate((("k", k), ("v", v))):
-            x = self.checked(name, x, count).transpose(0, 1)
+        for which, x in enumerate((k.transpose(0, 1), v.transpose(0, 1))):
             if self.dtype == torch.int8:
                 x, self.scales(segment)[:, place, which] = quantise(x)
             rows[:, place, which] = x
-        segment.length += count
+        segment.length = place.stop
         segment.sealed = segment.length == self.segment_rows
 
     def checked(self, name: str, x: torch.Tensor, count: int) -> torch.Tensor:

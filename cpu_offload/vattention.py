@@ -114,7 +114,9 @@ class VAttention(Sampler):
             return _proposal([*certain], [*rest.draw(count, generator)], rest.total)
         samples = [
             self._sample(context, head, queries, certain[i], rest.of(i), scale, generator)
-            for i, (head, queries) in enumerate(_each(q))
+            for i, (head, queries) in enumerate(
+                zip(native.kv_heads(q).tolist(), q.flatten(0, 2), strict=True)
+            )
         ]
         return _proposal([*certain], samples, rest.total)
 
@@ -204,12 +206,6 @@ class Rest:
         """int64 [items, count]: one from each of `count` equal parts."""
         place = stratified(len(self._chosen), count, self.total, generator)
         return place + BLOCK * torch.searchsorted(self._jumps, place, right=True)
-
-
-def _each(q: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """(KV head, queries [G, D]) of each item."""
-    _, heads, each = q.shape[:3]
-    return [(i // each % heads, queries) for i, queries in enumerate(q.flatten(0, 2))]
 
 
 def _proposal(certain: list[torch.Tensor], sampled: list[torch.Tensor], total: int) -> Proposal:
