@@ -79,10 +79,15 @@ setup(
         "vllm_sparse",
         "vllm_sparse.planner",
         "vllm_sparse.kernels",
+        "vllm_sparse.kernels.gpu",
         "vllm_sparse.cpu_offload",
     ],
     # `kernels` as an import name belongs to Hugging Face's package.
-    package_dir={"vllm_sparse.kernels": "kernels", "vllm_sparse.cpu_offload": "cpu_offload"},
+    package_dir={
+        "vllm_sparse.kernels": "kernels",
+        "vllm_sparse.kernels.gpu": "kernels/gpu",
+        "vllm_sparse.cpu_offload": "cpu_offload",
+    },
     entry_points={
         "vllm.general_plugins": ["sparse = vllm_sparse.plugin:register"],
         "console_scripts": ["vllm-sparse = vllm_sparse.cli:app"],
