@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference
+from . import reference, softmax_modes
 from .block_indices import BlockIndices
 
 logger = logging.getLogger("vllm_sparse.kernels")
@@ -57,7 +57,10 @@ class _Prefill(ctypes.Structure):
 
 
 class _Decode(ctypes.Structure):
-    _fields_ = [*_QUERY_FIELDS, ("seq_lens", _ptr)]
+    _fields_ = [
+        *_QUERY_FIELDS,
+        ("seq_lens", _ptr), ("softmax", _i64), ("phi", _ptr), ("flagged", _ptr),
+    ]  # fmt: skip
 
 
 @cache
@@ -216,15 +219,30 @@ def paged_decode(
     *,
     scale: float,
     out: torch.Tensor | None = None,
+    softmax: softmax_modes.Softmax = "online",
+    phi: torch.Tensor | None = None,
+    flagged: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.paged_decode`: same arguments, same meaning."""
+    """See `reference.paged_decode`: same meaning, for one query a sequence, no window, no sinks."""
     library = native()
     if library is None:
         return reference.paged_decode(
-            q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out
-        )
+            q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out,
+            softmax=softmax, phi=phi, flagged=flagged,
+        )  # fmt: skip
+    softmax_modes.check(softmax, phi, q.shape[1])
     args = _Decode()
     out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
+    args.softmax = softmax_modes.MODES.index(softmax)
+    if phi is not None:
+        phi = phi.contiguous()
+        args.phi = phi.data_ptr()
+    if flagged is not None:
+        if flagged.dtype != torch.int64 or flagged.numel() != 1:
+            raise ValueError(
+                f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
+            )
+        args.flagged = flagged.data_ptr()
     check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
     return out, lse
 

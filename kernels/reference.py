@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import softmax_modes
 from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
 
 
@@ -137,26 +138,59 @@ def paged_decode(
     *,
     scale: float,
     out: torch.Tensor | None = None,
+    softmax: softmax_modes.Softmax = "online",
+    phi: torch.Tensor | None = None,
+    flagged: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention of one query per sequence over all its cached keys.
+    """Exact attention of each sequence's last few queries over all its cached keys.
 
     Args:
-        q: [S, H, D]; k_cache, v_cache: [num_pages, Hkv, page, D].
+        q: [T, H, D]; k_cache, v_cache: [num_pages, Hkv, page, D].
         block_table: int32 [S, P]; seq_lens: int32 [S], may be 0.
+        scale: factor on the logits.
+        out: [T, H, D], written in place where given.
+        softmax: how partial sums are joined, see `softmax_modes`; the result is the same.
+        phi: fp32 [H], with `unified` alone.
+        flagged: int64 [1]; the rows (query x head) that left the window of phi and were computed
+            again are added to it.
+        query_start_loc: int32 [S + 1], first row of each sequence in q; None: one row each. The
+            queries stand at the end of their sequence, and see keys up to themselves.
+        window: a query sees so many keys, itself included; None: all.
+        sinks: fp32 [H], a logit beside those of the keys, whose value is 0; it counts in the lse.
 
     Returns:
-        out [S, H, D] in q's dtype, lse [S, H] fp32; 0 and -inf for a sequence without keys.
+        out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf for a row without keys or sink.
     """
+    softmax_modes.check(softmax, phi, q.shape[1])
     group = q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    for s, seq_len in enumerate(seq_lens.tolist()):
+    lens = seq_lens.tolist()
+    starts = range(len(lens) + 1) if query_start_loc is None else query_start_loc.tolist()
+    for s, seq_len in enumerate(lens):
+        rows = slice(starts[s], starts[s + 1])
+        position = torch.arange(rows.start, rows.stop, device=q.device) - rows.stop + seq_len
+        key = torch.arange(seq_len, device=q.device)
+        hidden = key > position[:, None]
+        if window is not None:
+            hidden |= key <= position[:, None] - window
         k = gather_keys(k_cache, block_table[s], seq_len)
         v = gather_keys(v_cache, block_table[s], seq_len)
         for head in range(q.shape[1]):
-            o, e = attend(q[s, head][None], k[head // group], v[head // group], None, scale)
-            out[s, head] = o[0].to(out.dtype)
-            lse[s, head] = e[0]
+            # fp64 products, as in `attend`.
+            scores = q[rows, head].double() @ k[head // group].double().T
+            scores = (scores.float() * scale).masked_fill(hidden, -torch.inf)
+            base = None if phi is None else float(phi[head])
+            o, e, redone = softmax_modes.attend(scores, v[head // group], softmax, base)
+            if sinks is not None:
+                o, e = merge(o, e, torch.zeros_like(o), sinks[head].float().expand_as(e))
+            out[rows, head] = o.to(out.dtype)
+            lse[rows, head] = e
+            if flagged is not None:
+                flagged += redone.sum()
     return out, lse
 
 

@@ -128,16 +128,18 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
         first_part.push_back(work.size());
         for (int64_t n = 0; n < a.seq_lens[s]; n += split) {
           const int64_t last = n + split < a.seq_lens[s] ? n + split : a.seq_lens[s];
-          work.push_back({s, h, n, last, nullptr, nullptr});
+          work.push_back({s, h, n, last, nullptr, nullptr, nullptr});
         }
       }
     }
     first_part.push_back(work.size());
     std::vector<float> out(work.size() * group * shape.head_size);
     std::vector<float> lse(work.size() * group);
+    std::vector<float> highest(work.size() * group);
     for (size_t i = 0; i < work.size(); ++i) {
       work[i].out = out.data() + i * group * shape.head_size;
       work[i].lse = lse.data() + i * group;
+      work[i].highest = highest.data() + i * group;
     }
     const auto run = [&](int64_t i, float* scratch) { k->decode_split(a, work[i], scratch); };
     if (!parallel_for(work.size(), k->decode_scratch(shape), run)) return 1;
@@ -145,7 +147,7 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
       const int64_t part = first_part[i];
       k->decode_merge(a, i / shape.num_kv_heads, i % shape.num_kv_heads,
                       out.data() + part * group * shape.head_size, lse.data() + part * group,
-                      first_part[i + 1] - part);
+                      highest.data() + part * group, first_part[i + 1] - part);
     }
     return 0;
   } catch (const std::bad_alloc&) {

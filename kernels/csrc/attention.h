@@ -11,6 +11,7 @@ constexpr int kTile = 64;   // query rows of a tile
 constexpr int kBlock = 64;  // keys of a block
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum Softmax : int64_t { kOnline = 0, kLazy = 1, kUnified = 2 };
 
 // Paged keys and values of one layer. Strides count elements, so any layout vLLM chooses works.
 struct PagedKV {
@@ -56,6 +57,9 @@ struct Decode {
   int64_t out_row_stride, out_head_stride;
   float* lse;  // [S, H], contiguous
   const int32_t* seq_lens;
+  int64_t softmax;    // of enum Softmax
+  const float* phi;   // [H], or null where softmax is not kUnified
+  int64_t* flagged;   // rows that were computed again are added to it, or null
 };
 
 // Exact attention of up to 64 rows of one sequence: how much of it each block of keys gets, and
@@ -111,11 +115,12 @@ struct TileWork {
 };
 
 // A range of one sequence's keys for the query heads of one KV head: the unit of work of decode.
-// Partial results are fp32: out [G, D], lse [G].
+// Partial results are fp32: out [G, D], lse [G], highest score [G].
 struct SplitWork {
   int64_t seq, kv_head, first_key, last_key;
   float* out;
   float* lse;
+  float* highest;
 };
 
 // The kernels of one instruction set. Scratch is per thread, 64-byte aligned, counted in floats.
@@ -128,7 +133,7 @@ struct Kernels {
   // Joins `parts` partial results [parts, G, D] / [parts, G] into the output rows of a KV head;
   // the sum is made in place.
   void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, float* out,
-                       const float* lse, int64_t parts);
+                       const float* lse, const float* highest, int64_t parts);
   size_t (*row_scores_scratch)(const RowScores&);
   void (*row_scores)(const RowScores&, const RowWork&, float* scratch);
   void (*block_means)(const BlockMeans&, int64_t index);  // counts heads x blocks

@@ -17,10 +17,7 @@ size_t prefill_scratch(const Shape& shape) {
   return SharedBlock::floats(shape.head_size) + kMaxHeads * TileHead::floats(shape.head_size);
 }
 
-size_t decode_scratch(const Shape& shape) {
-  const int64_t group = shape.num_heads / shape.num_kv_heads;
-  return group * (shape.head_size + kBlock + 2);
-}
+size_t decode_scratch(const Shape& shape) { return SplitScratch::floats(shape); }
 
 void prefill_tile_any(const Prefill& a, const TileWork& w, float* scratch) {
   switch (a.shape.dtype) {
@@ -39,11 +36,11 @@ void decode_split_any(const Decode& a, const SplitWork& w, float* scratch) {
 }
 
 void decode_merge_any(const Decode& a, int64_t seq, int64_t kv_head, float* out, const float* lse,
-                      int64_t parts) {
+                      const float* highest, int64_t parts) {
   switch (a.shape.dtype) {
-    case kFloat32: return decode_merge<float>(a, seq, kv_head, out, lse, parts);
-    case kBFloat16: return decode_merge<BFloat16>(a, seq, kv_head, out, lse, parts);
-    case kFloat16: return decode_merge<Float16>(a, seq, kv_head, out, lse, parts);
+    case kFloat32: return decode_merge<float>(a, seq, kv_head, out, lse, highest, parts);
+    case kBFloat16: return decode_merge<BFloat16>(a, seq, kv_head, out, lse, highest, parts);
+    case kFloat16: return decode_merge<Float16>(a, seq, kv_head, out, lse, highest, parts);
   }
 }
 

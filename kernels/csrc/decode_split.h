@@ -5,6 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "decode_softmax.h"
 #include "rows.h"
 #include "vec.h"
 
@@ -14,29 +15,12 @@ namespace {
 // Query heads whose accumulators fit the registers beside four keys.
 constexpr int kDecodeHeads = kLanes == 16 ? 4 : 2;
 
-typedef float Quad __attribute__((vector_size(16), may_alias));
-
-// Four partial sums of a vector's lanes.
-inline Quad fold(Vec v) {
-  Quad part[kLanes / 4];
-  std::memcpy(part, &v, sizeof(v));
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  }
-  return part[0];
-}
-
 // The sums of the lanes of four vectors.
 inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
   const Quad w = fold(a), x = fold(b), y = fold(c), z = fold(d);
   const Quad wx = __builtin_shufflevector(w, x, 0, 4, 2, 6) + __builtin_shufflevector(w, x, 1, 5, 3, 7);
   const Quad yz = __builtin_shufflevector(y, z, 0, 4, 2, 6) + __builtin_shufflevector(y, z, 1, 5, 3, 7);
   return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
-}
-
-inline float horizontal_sum(Vec v) {
-  const Quad q = fold(v);
-  return (q[0] + q[1]) + (q[2] + q[3]);
 }
 
 template <class T>
@@ -117,46 +101,44 @@ inline void for_heads(int group, const Step& step) {
   for (; g < group; ++g) step(g, std::integral_constant<int, 1>());
 }
 
-// Turns one head's 64 scores into probabilities against its running maximum.
-inline void decode_softmax_step(float* scores, float* top, float* sum, float* out,
-                                int64_t head_size) {
-  Vec highest = load(scores);
-  for (int n = kLanes; n < kBlock; n += kLanes) highest = max(highest, load(scores + n));
-  float new_top = *top;
-  for (int i = 0; i < kLanes; ++i) new_top = highest[i] > new_top ? highest[i] : new_top;
-  const float base = new_top == -kInf ? 0.0f : new_top;
-  Vec total = Vec{};
-  for (int n = 0; n < kBlock; n += kLanes) {
-    const Vec p = exp(load(scores + n) - base);
-    store(scores + n, p);
-    total += p;
-  }
-  if (new_top > *top) {
-    const float shrink = std::exp(*top - base);
-    *sum *= shrink;
-    for (int64_t d = 0; d < head_size; ++d) out[d] *= shrink;
-    *top = new_top;
-  }
-  *sum += horizontal_sum(total);
-}
+// What a split works with: the scratch of one thread.
+struct SplitScratch {
+  float* q;            // [G, D], scaled
+  float* scores;       // [G, 64]
+  float* base;         // [G] probabilities are exp(score - base)
+  float* sum;          // [G]
+  float* top;          // [G] highest score
+  UnifiedSums* lanes;  // [G]
 
-// Partial attention of the G query heads of a KV head over keys [first_key, last_key).
+  static size_t floats(const Shape& shape) {
+    const int64_t group = shape.num_heads / shape.num_kv_heads;
+    return group * (shape.head_size + kBlock + 3 + sizeof(UnifiedSums) / sizeof(float));
+  }
+  SplitScratch(float* memory, int64_t group, int64_t head_size)
+      : q(memory),
+        scores(q + group * head_size),
+        base(scores + group * kBlock),
+        sum(base + group),
+        top(sum + group),
+        lanes(reinterpret_cast<UnifiedSums*>(top + group)) {}
+};
+
+// Blocks between two looks for a score that is too high for phi: an attempt that must fail is
+// given up after 1,024 keys.
+constexpr int kLookBlocks = 16;
+
+// Sums over keys [first_key, last_key), against phi if it is given: s.base, s.sum, s.top, and w.out,
+// not normalised. False where phi does not serve every head.
 template <class T>
-void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
-  const Shape& shape = a.shape;
-  const int64_t head_size = shape.head_size;
-  const int group = static_cast<int>(shape.num_heads / shape.num_kv_heads);
+bool decode_sums(const Decode& a, const SplitWork& w, const SplitScratch& s, const float* phi,
+                 float growth) {
+  const int64_t head_size = a.shape.head_size;
+  const int group = static_cast<int>(a.shape.num_heads / a.shape.num_kv_heads);
   const Rows<T> rows(a.kv, w.seq, w.kv_head);
-  float* q = scratch;                  // [G, D], scaled
-  float* scores = q + group * head_size;  // [G, 64]
-  float* top = scores + group * kBlock;   // [G]
-  float* sum = top + group;               // [G]
   for (int g = 0; g < group; ++g) {
-    const T* from = static_cast<const T*>(a.q) + w.seq * a.q_row_stride +
-                    (w.kv_head * group + g) * a.q_head_stride;
-    for (int64_t d = 0; d < head_size; ++d) q[g * head_size + d] = to_float(from[d]) * shape.scale;
-    top[g] = -kInf;
-    sum[g] = 0.0f;
+    s.base[g] = phi != nullptr ? phi[g] : -kInf;
+    s.sum[g] = 0.0f;
+    if (phi != nullptr) s.lanes[g].clear();
   }
   std::memset(w.out, 0, group * head_size * sizeof(float));
 
@@ -164,6 +146,7 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
   int64_t positions[kRows];
   const T* keys[kRows];
   const T* values[kRows];
+  int look = kLookBlocks;
   for (int64_t first = w.first_key; first < w.last_key; first += kBlock) {
     const int count = static_cast<int>(w.last_key - first < kBlock ? w.last_key - first : kBlock);
     const int found = static_cast<int>(w.last_key - first < kRows ? w.last_key - first : kRows);
@@ -175,27 +158,82 @@ void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
       for (int i = n; i < n + 4 && i < count; ++i) prefetch_row(values[i], head_size);
     };
     for_heads(group, [&](int g, auto heads) {
-      decode_score<heads>(q + g * head_size, keys, count, head_size, scores + g * kBlock, ahead);
+      decode_score<heads>(s.q + g * head_size, keys, count, head_size, s.scores + g * kBlock,
+                          ahead);
     });
     for (int g = 0; g < group; ++g) {
-      for (int n = count; n < kBlock; ++n) scores[g * kBlock + n] = -kInf;
-      decode_softmax_step(scores + g * kBlock, top + g, sum + g, w.out + g * head_size, head_size);
+      float* scores = s.scores + g * kBlock;
+      for (int n = count; n < kBlock; ++n) scores[n] = -kInf;
+      if (phi != nullptr) {
+        unified_softmax_step(scores, phi[g], s.lanes + g);
+      } else {
+        decode_softmax_step(scores, s.base + g, s.sum + g, w.out + g * head_size, head_size,
+                            growth);
+      }
+    }
+    if (phi != nullptr && --look == 0) {
+      look = kLookBlocks;
+      for (int g = 0; g < group; ++g) {
+        if (s.lanes[g].top() - phi[g] > kUnifiedHigh) return false;
+      }
     }
     for_heads(group, [&](int g, auto heads) {
-      decode_accumulate<heads>(scores + g * kBlock, values, count, head_size,
+      decode_accumulate<heads>(s.scores + g * kBlock, values, count, head_size,
                                w.out + g * head_size);
     });
   }
+  bool serves = true;
   for (int g = 0; g < group; ++g) {
-    const float inverse = sum[g] > 0.0f ? 1.0f / sum[g] : 0.0f;
-    for (int64_t d = 0; d < head_size; ++d) w.out[g * head_size + d] *= inverse;
-    w.lse[g] = sum[g] > 0.0f ? top[g] + std::log(sum[g]) : -kInf;
+    s.top[g] = s.base[g];
+    if (phi == nullptr) continue;
+    s.top[g] = s.lanes[g].top();
+    s.sum[g] = s.lanes[g].total();
+    serves = serves && stays_in_window(s.top[g], phi[g], s.sum[g]);
   }
+  return serves;
+}
+
+// Partial attention of the G query heads of a KV head over keys [first_key, last_key).
+template <class T>
+void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
+  const Shape& shape = a.shape;
+  const int64_t head_size = shape.head_size;
+  const int group = static_cast<int>(shape.num_heads / shape.num_kv_heads);
+  const SplitScratch s(scratch, group, head_size);
+  for (int g = 0; g < group; ++g) {
+    const T* from = static_cast<const T*>(a.q) + w.seq * a.q_row_stride +
+                    (w.kv_head * group + g) * a.q_head_stride;
+    for (int64_t d = 0; d < head_size; ++d) {
+      s.q[g * head_size + d] = to_float(from[d]) * shape.scale;
+    }
+  }
+  const float* phi = a.softmax == kUnified ? a.phi + w.kv_head * group : nullptr;
+  const float growth = a.softmax == kLazy ? kLazyGrowth : 0.0f;
+  // The heads of a group read the same rows: all of them again costs what one costs.
+  if (!decode_sums<T>(a, w, s, phi, growth)) decode_sums<T>(a, w, s, nullptr, 0.0f);
+  for (int g = 0; g < group; ++g) {
+    const float inverse = s.sum[g] > 0.0f ? 1.0f / s.sum[g] : 0.0f;
+    for (int64_t d = 0; d < head_size; ++d) w.out[g * head_size + d] *= inverse;
+    w.lse[g] = s.sum[g] > 0.0f ? s.base[g] + std::log(s.sum[g]) : -kInf;
+    w.highest[g] = s.top[g];
+  }
+}
+
+// Whether a row left the window of phi: over all of its keys, however they were split.
+inline bool leaves_window(const float* highest, const float* lse, int64_t parts, int64_t stride,
+                          float phi) {
+  float top = -kInf, sum = 0.0f;
+  for (int64_t p = 0; p < parts; ++p) {
+    top = std::fmax(top, highest[p * stride]);
+    // Cut where the highest score has decided already.
+    sum += std::exp(std::fmin(lse[p * stride] - phi, 80.0f));
+  }
+  return parts > 0 && !stays_in_window(top, phi, sum);
 }
 
 template <class T>
 void decode_merge(const Decode& a, int64_t seq, int64_t kv_head, float* parts_out,
-                  const float* parts_lse, int64_t parts) {
+                  const float* parts_lse, const float* parts_highest, int64_t parts) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
   const int64_t group = shape.num_heads / shape.num_kv_heads;
@@ -222,6 +260,10 @@ void decode_merge(const Decode& a, int64_t seq, int64_t kv_head, float* parts_ou
       store_row(out + d, value);
     }
     a.lse[seq * shape.num_heads + head] = sum > 0.0f ? base + std::log(sum) : -kInf;
+    if (a.softmax == kUnified && a.flagged != nullptr &&
+        leaves_window(parts_highest + g, parts_lse + g, parts, group, a.phi[head])) {
+      ++*a.flagged;
+    }
   }
 }
 
