@@ -108,12 +108,15 @@ def _cubin_usage(cubin: bytes, target: Target) -> tuple[int, int, int]:
     if not found:
         raise RuntimeError(f"cuobjdump -res-usage names no registers: {dump[-200:]!r}")
     registers, stack, local = map(int, found.groups())
-    # Spilled registers lie on the stack, which `LOCAL` does not count: they are told by the
-    # instructions that put them there.
-    spilled = sum(
-        int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.(64|128))?\b", sass)
-    )
-    return registers, stack, spilled + local
+    return registers, stack, spilled_bytes(sass) + local
+
+
+def spilled_bytes(sass: str) -> int:
+    """Bytes that a kernel's machine code puts into the thread's own memory.
+
+    Spilled registers lie on the stack, which cuobjdump's LOCAL does not count.
+    """
+    return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.(64|128))?\b", sass))
 
 
 def _amd_usage(assembly: str) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The launch table: with which constants, warps and stages each Triton kernel is compiled, for what.
+"""The launch table: the constants, warps and stages that each Triton kernel is compiled with.
 
 What launches and what reports (`aot.py`, `benchmarks/compile_report.py`) both read it, so that the
 report is about what runs. A kernel's file adds its own entries with `@kernel`.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Files with Triton kernels, each of which fills its part of the table.
-MODULES = ("prefill_tile",)
+MODULES = ("pack_tiles", "prefill_tile", "write_kv")
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class Config:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of a launch or a compilation, beside the constants."""
-        return {
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-            # Multiply-adds round once, which Triton 3.10 will not do unless told to.
-            "enable_fp_fusion": True,
-        }
+        return options(self.num_warps, self.num_stages)
+
+
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Keyword arguments of a launch or a compilation, beside the constants."""
+    # Multiply-adds round once, which Triton 3.10 will not do unless told to.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)

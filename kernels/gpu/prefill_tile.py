@@ -87,13 +87,13 @@ def _sparse_prefill(
     k_scale,
     v_scale,
     window,
-    q_row,
-    q_head,
-    kv_page,
-    kv_head_stride,
-    kv_row,
-    out_row,
-    out_head,
+    q_row: tl.int64,
+    q_head: tl.int64,
+    kv_page: tl.int64,
+    kv_head_stride: tl.int64,
+    kv_row: tl.int64,
+    out_row: tl.int64,
+    out_head: tl.int64,
     table_row,
     num_heads,
     GROUP: tl.constexpr,
@@ -154,10 +154,7 @@ def _sparse_prefill(
         total += 1.0
     acc = tl.zeros([2 * HALF, D_PADDED], tl.float32)
 
-    if DENSE:
-        entries_of = entries
-    else:
-        entries_of = entries + first
+    entries_of = entries if DENSE else entries + first
     BLOCKS_EACH: tl.constexpr = KEYS // BLOCK
 
     # Blocks that all rows see. Where a step's keys lie is looked up during the step before.
@@ -183,10 +180,7 @@ def _sparse_prefill(
     # Blocks that some rows see, and columns after them.
     lane = tl.arange(0, MASKED_KEYS)
     steps = tl.cdiv((count - plain) * BLOCK, MASKED_KEYS)
-    if DENSE:
-        column_steps = 0
-    else:
-        column_steps = tl.cdiv(num_columns, MASKED_KEYS)
+    column_steps = 0 if DENSE else tl.cdiv(num_columns, MASKED_KEYS)
     for step in range(0, steps + column_steps):
         index = plain + (step * MASKED_KEYS + lane) // BLOCK
         item = _entry(index, entries_of, first, second, plain, count, DENSE)
@@ -195,11 +189,12 @@ def _sparse_prefill(
         if not DENSE:
             # The same step takes either, so that the loop's body is there once.
             j = (step - steps) * MASKED_KEYS + lane
-            is_column = step >= steps
-            column = tl.load(columns + second + j, mask=is_column & (j < num_columns), other=0)
+            is_column = (j >= 0) & (j < num_columns)
+            column = tl.load(columns + second + j, mask=is_column, other=0)
             place = tl.where(is_column, column >> 2, place)
             item = tl.where(is_column, column, item)
-            inside = tl.where(is_column, j < num_columns, inside)
+            # Blocks and columns do not meet in one step: the blocks are over where j is 0.
+            inside = inside | is_column
         inside = inside & (place < seq_len)
         rows_at = _rows_of_keys(place, inside, table, kv_page, kv_row, PAGE)
         some_k = tl.load(
@@ -212,8 +207,9 @@ def _sparse_prefill(
             mask=is_d[None, :] & inside[:, None],
             other=0.0,
         )
-        distance = position[:, None] - place[None, :]
-        see = inside[None, :] & (distance >= 0) & (distance < window)
+        # A key that is not there has no half's bit.
+        item = tl.where(inside, item, 0)
+        see = (place[None, :] <= position[:, None]) & (place[None, :] > position[:, None] - window)
         see = see & ((item[None, :] & half_bit[:, None]) != 0)
         top, total, acc = _softmax_step(
             q_tile, some_k.to(q_tile.dtype), some_v.to(q_tile.dtype), see, top, total, acc,
