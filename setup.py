@@ -78,6 +78,8 @@ setup(
     packages=[
         "vllm_sparse",
         "vllm_sparse.planner",
+        "vllm_sparse.report",
+        "vllm_sparse.search",
         "vllm_sparse.kernels",
         "vllm_sparse.kernels.gpu",
         "vllm_sparse.cpu_offload",
