@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 
-from . import cpu
+from . import cpu, softmax_modes
 from .block_indices import BlockIndices
 
 
@@ -59,11 +59,27 @@ def paged_decode(
     *,
     scale: float,
     out: torch.Tensor | None = None,
+    softmax: softmax_modes.Softmax = "online",
+    phi: torch.Tensor | None = None,
+    flagged: torch.Tensor | None = None,
+    **gpu_only,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.paged_decode`."""
+    """See `reference.paged_decode`, and for what only GPUs take `gpu.paged_decode`.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the CPU's kernel does not take.
+    """
+    modes = {"softmax": softmax, "phi": phi, "flagged": flagged}
+    given = {name: value for name, value in gpu_only.items() if value is not None}
     if not q.is_cpu:
-        raise NotImplementedError(
-            f"paged_decode: q is on {q.device}, and there is no decode kernel for GPUs yet; "
-            "use vLLM's own decode there"
+        return _gpu("paged_decode").paged_decode(
+            q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out, **modes, **given
         )
-    return cpu.paged_decode(q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out)
+    if given:
+        raise ValueError(
+            f"paged_decode: {', '.join(sorted(given))} given for tensors on the CPU, whose kernel "
+            "takes one query a sequence and every key; leave it out, or use kernels.reference"
+        )
+    return cpu.paged_decode(
+        q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out, **modes
+    )

@@ -201,7 +201,7 @@ def paged_decode(
             base = None if phi is None else float(phi[head])
             o, e, redone = softmax_modes.attend(scores, v[head // group], softmax, base)
             if sinks is not None:
-                o, e = merge(o, e, torch.zeros_like(o), sinks[head].float().expand_as(e))
+                o, e = add_sink(o, e, sinks[head])
             out[rows, head] = o.to(out.dtype)
             lse[rows, head] = e
             if flagged is not None:

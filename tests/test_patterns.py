@@ -183,3 +183,30 @@ def test_another_model_is_refused_field_by_field():
 def test_patterns_load_neither_torch_nor_vllm():
     code = "import sys, vllm_sparse.patterns; sys.exit(bool({'torch', 'vllm'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+def test_phi_comes_back_as_it_was_saved(tmp_path: Path):
+    file = PatternFile.parse(data(phi={"0": [0.5] * 8, "3": [-12.25] * 8}))
+    path = tmp_path / "patterns.json"
+    file.save(path)
+    assert PatternFile.load(path) == file
+    assert PatternFile.load(path).phi[3] == [-12.25] * 8
+
+
+@pytest.mark.parametrize(
+    "phi, message",
+    [
+        ({"4": [0.0] * 8}, "phi of layer 4, which does not exist; allowed: 0 to 3"),
+        ({"-1": [0.0] * 8}, "is not a number like '7'"),
+        ({"07": [0.0] * 8}, "'07' is not a number like '7'"),
+        ({"0": [0.0] * 7}, "phi of layer 0 has 7 entries; allowed: one for each of the 8 heads"),
+        ({"0": [0.0] * 7 + [1e7]}, "phi.0.7: got 10000000.0"),
+        ({"0": [None] * 8}, "phi.0.0: got None"),
+        ({"0": 1.0}, "phi.0: got 1.0"),
+        ([1.0], "phi: got"),
+    ],
+)
+def test_a_bad_phi_is_refused(phi, message):
+    with pytest.raises(PatternError) as error:
+        PatternFile.parse(data(phi=phi))
+    assert message in str(error.value)

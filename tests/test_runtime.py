@@ -79,3 +79,35 @@ def test_settings_that_do_not_fit_the_model_are_errors(start):
         start(dense_layers=(4,))
     with pytest.raises(ValueError, match="cannot be read"):
         start(patterns="/no/such/file.json")
+
+
+def with_phi(path, layers):
+    model = {"name": "m", "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 64}
+    phi = {i: [float(10 * i + h) for h in range(4)] for i in layers}
+    PatternFile(schema_version=1, model=model, phi=phi).save(path)
+    return str(path)
+
+
+def test_a_rank_gets_the_phi_of_its_own_heads(start, tmp_path):
+    path = with_phi(tmp_path / "phi.json", range(4))
+    started, line = start(patterns=path, softmax="unified")
+    assert "softmax unified, " in line
+    assert started.phi(3, 2, 2).tolist() == [32.0, 33.0]
+    assert started.phi(0, 0, 2).tolist() == [0.0, 1.0]
+    assert started.phi(0, 0, 2).dtype == torch.float32
+    started, _ = start(patterns=path)
+    assert started.phi(3, 2, 2) is None
+
+
+@pytest.mark.parametrize("layers", [None, [], [0, 1, 3]])
+def test_unified_without_phi_names_the_command(start, tmp_path, layers):
+    path = None if layers is None else with_phi(tmp_path / "phi.json", layers)
+    with pytest.raises(ValueError) as error:
+        start(softmax="unified", patterns=path)
+    text = str(error.value)
+    assert text.startswith('additional_config["sparse"]["softmax"] is \'unified\'')
+    assert "`vllm-sparse calibrate MODEL -o FILE`" in text
+    if layers is None:
+        assert "no pattern file is given" in text
+    else:
+        assert f"has none for the layers {[i for i in range(4) if i not in layers]}" in text

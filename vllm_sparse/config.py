@@ -15,13 +15,12 @@ ALLOWED = {
     "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
     "decode": '"dense"',
-    "softmax": '"online"',
+    "softmax": '"online", "lazy" or "unified"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
 }
 # Values that are announced, with what brings them.
 LATER = {
     "decode": dict.fromkeys(("lsh", "vattention", "topk", "exact"), "CPU offloading"),
-    "softmax": dict.fromkeys(("unified", "lazy"), "decode on GPUs"),
 }
 
 
@@ -34,7 +33,7 @@ class SparseConfig(BaseModel):
     break_even: int | None = Field(None, ge=0)
     patterns: str | None = None
     decode: Literal["dense"] = "dense"
-    softmax: Literal["online"] = "online"
+    softmax: Literal["online", "lazy", "unified"] = "online"
     dense_layers: tuple[int, ...] = ()
 
     @classmethod

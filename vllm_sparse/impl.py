@@ -14,7 +14,7 @@ from . import kernels
 from .config import SparseConfig
 from .metadata import Segment, SparseMetadata
 from .planner import plan_prefill
-from .runtime import Model, start
+from .runtime import Model, say_flagged, start
 from .stats import STATS
 
 
@@ -75,6 +75,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         self.break_even = self.runtime.break_even
         # The layer's number is first seen in forward.
         self.patterns: tuple | None = None
+        self.phi: torch.Tensor | None = None
         self.always_dense = False
 
     def do_kv_cache_update(
@@ -112,20 +113,38 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         k_cache, v_cache = self._split(kv_cache)
         decodes = attn_metadata.num_decodes
         if decodes:
-            kernels.paged_decode(
-                query[:decodes],
-                k_cache,
-                v_cache,
-                attn_metadata.decode_block_table,
-                attn_metadata.decode_seq_lens,
-                scale=self.scale,
-                out=output[:decodes],
-            )
+            self._decode(attn_metadata, query[:decodes], k_cache, v_cache, output[:decodes])
         dense = self.always_dense
         for segment in attn_metadata.dense_segments if dense else attn_metadata.segments:
             rows = slice(segment.begin, segment.end)
             self._prefill(segment, query[rows], k_cache, v_cache, output[rows])
         return output
+
+    def _decode(
+        self,
+        metadata: SparseMetadata,
+        query: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        flagged = self.runtime.flagged
+        kernels.paged_decode(
+            query,
+            k_cache,
+            v_cache,
+            metadata.decode_block_table,
+            metadata.decode_seq_lens,
+            scale=self.scale,
+            out=out,
+            softmax=self.config.softmax,
+            phi=self.phi,
+            flagged=flagged,
+        )
+        if self.phi is not None and (count := int(flagged)):
+            say_flagged()
+            STATS.softmax_flagged += count
+            flagged.zero_()
 
     def _prefill(
         self,
@@ -171,6 +190,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         index = layer_index(layer_name)
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.patterns = self.runtime.patterns(index, first_head, self.num_heads)
+        self.phi = self.runtime.phi(index, first_head, self.num_heads)
         self.always_dense = index in self.config.dense_layers or all(
             p.kind == "dense" for p in self.patterns
         )

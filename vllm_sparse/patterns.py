@@ -25,6 +25,7 @@ MAX_SHOWN = 80  # characters of a file's text in a message
 Tokens = Annotated[int, Field(ge=0, lt=MAX_TOKENS, strict=True)]
 Count = Annotated[int, Field(ge=1, lt=MAX_TOKENS, strict=True)]
 Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Phi = Annotated[list[Annotated[float, Field(ge=-1e6, le=1e6)]], Field(max_length=MAX_HEADS)]
 Text = Annotated[str, Field(max_length=512)]
 Scalar = bool | int | float | Text | None
 Values = Scalar | Annotated[list[Scalar], Field(max_length=MAX_HEADS)]
@@ -128,7 +129,8 @@ class ModelInfo(_Strict):
 class PatternFile(_Strict):
     """The patterns of a model's heads, by layer and by head; a head without one is adaptive.
 
-    `settings` says how the patterns were found, `tools` with which versions of what.
+    `settings` says how the patterns were found, `tools` with which versions of what. `phi` holds,
+    by layer, the constant maximum of each query head for decode with softmax "unified".
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
@@ -136,8 +138,9 @@ class PatternFile(_Strict):
     settings: Extra = {}
     tools: Extra = {}
     layers: dict[int, dict[int, HeadPattern]] = {}
+    phi: dict[int, Phi] = {}
 
-    @field_validator("layers", mode="before")
+    @field_validator("layers", "phi", mode="before")
     @classmethod
     def _canonical(cls, layers: Any) -> Any:
         """'07' and '7' would both be layer 7, and one would silently win."""
@@ -158,6 +161,20 @@ class PatternFile(_Strict):
                         f"head {head} of layer {layer} does not exist; "
                         f"allowed: {_to(self.model.heads)}"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _phi_of_every_head(self) -> PatternFile:
+        for layer, values in self.phi.items():
+            if not 0 <= layer < self.model.layers:
+                raise ValueError(
+                    f"phi of layer {layer}, which does not exist; allowed: {_to(self.model.layers)}"
+                )
+            if len(values) != self.model.heads:
+                raise ValueError(
+                    f"phi of layer {layer} has {len(values)} entries; allowed: one for each of the "
+                    f"{self.model.heads} heads"
+                )
         return self
 
     @classmethod

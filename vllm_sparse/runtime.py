@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from . import compat, log
-from .config import SparseConfig
+from .config import SECTION, SparseConfig
 from .kernels import cpu
 from .patterns import ADAPTIVE, HeadPattern, PatternFile
 from .planner.break_even import NEVER
@@ -43,12 +43,22 @@ class Model:
 class Runtime:
     break_even: int  # tokens of context below which a chunk's prefill is dense
     pattern_file: PatternFile | None
+    unified: bool = False  # whether decode joins its softmaxes by the phi of the pattern file
+    # int64 [1], what the decode kernels count: rows that left the window of phi.
+    flagged: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
     def patterns(self, layer: int, first_head: int, heads: int) -> tuple[HeadPattern, ...]:
         """The patterns of this rank's query heads of a layer."""
         if self.pattern_file is None:
             return (ADAPTIVE,) * heads
         return self.pattern_file.for_layer(layer, first_head, heads)
+
+    def phi(self, layer: int, first_head: int, heads: int) -> torch.Tensor | None:
+        """phi of this rank's query heads of a layer, fp32 [heads]; None where it is not used."""
+        if not self.unified:
+            return None
+        assert self.pattern_file is not None
+        return torch.tensor(self.pattern_file.phi[layer][first_head : first_head + heads])
 
 
 @functools.cache
@@ -69,6 +79,7 @@ def start(
         ValueError: settings that do not fit the model.
     """
     pattern_file = fit_patterns(config, model)
+    fit_phi(config, model, pattern_file)
     threads = _size_pool()
     break_even, source = config.break_even, "given"
     if break_even is None:
@@ -90,7 +101,7 @@ def start(
         "" if threads == 1 else "s",
         f", dense layers {list(config.dense_layers)}" if config.dense_layers else "",
     )
-    return Runtime(break_even, pattern_file)
+    return Runtime(break_even, pattern_file, unified=config.softmax == "unified")
 
 
 def fit_patterns(config: SparseConfig, model: Model) -> PatternFile | None:
@@ -110,6 +121,34 @@ def fit_patterns(config: SparseConfig, model: Model) -> PatternFile | None:
         head_size=model.head_size,
     )
     return pattern_file
+
+
+def fit_phi(config: SparseConfig, model: Model, pattern_file: PatternFile | None) -> None:
+    """Raise ValueError where softmax is "unified" and phi is not known for every layer."""
+    if config.softmax != "unified":
+        return
+    missing = [i for i in range(model.layers) if pattern_file is None or i not in pattern_file.phi]
+    if missing:
+        why = (
+            "no pattern file is given"
+            if pattern_file is None
+            else f"{config.patterns!r} has none for the layers {missing}"
+        )
+        raise ValueError(
+            f"{SECTION}[\"softmax\"] is 'unified', which needs phi of every layer and head, and "
+            f"{why}. `vllm-sparse calibrate MODEL -o FILE` measures it and writes it to a pattern "
+            'file; then set "patterns" to FILE. "online" and "lazy" need none'
+        )
+
+
+@functools.cache
+def say_flagged() -> None:
+    """Log, once in a process, that rows left the window of phi."""
+    logger.warning(
+        "Softmax unified: the logits of a row left the window of phi. It was computed again with "
+        "the online softmax, as every such row is, and counted (softmax_flagged). If there are many, "
+        "measure phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
+    )
 
 
 @functools.cache

@@ -19,6 +19,7 @@ class Stats:
     sparse_chunks: int = 0
     dense_chunks: int = 0  # below the break-even length
     decode_rows: int = 0
+    softmax_flagged: int = 0  # rows x heads x layers whose unified softmax was computed again
     keys_read: int = 0  # by prefill, in keys x query tiles x heads
     keys_causal: int = 0  # the same if every chunk were dense
     index_seconds: float = 0.0  # planning
@@ -52,6 +53,7 @@ class Stats:
             "sparse_chunks": self.sparse_chunks,
             "dense_chunks": self.dense_chunks,
             "decode_rows": self.decode_rows,
+            "softmax_flagged": self.softmax_flagged,
             "density": round(self.density, 4),
             "index_share": round(self.index_share, 4),
             "index_seconds": round(self.index_seconds, 4),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # Files with Triton kernels, each of which fills its part of the table.
-MODULES = ("pack_tiles", "prefill_tile", "write_kv")
+MODULES = ("pack_tiles", "prefill_tile", "split_decode", "write_kv")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ def sparse_prefill(
         ValueError: arguments that do not fit together, or that the kernel does not take: scale
             must be positive, the keys' and values' strides the same, pages a multiple of 16.
     """
-    out = _check(q, k_cache, v_cache, out, indices, scale)
+    out = check(q, k_cache, v_cache, out, indices, scale)
     for name, tensor in (
         ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),
     ):  # fmt: skip
@@ -131,7 +131,7 @@ def _pack(
     return records, starts, entries, columns
 
 
-def _check(
+def check(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,

@@ -1,0 +1,242 @@
+"""Decode attention on a GPU: what `split_decode` needs around it, and reading a shared prefix once."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import softmax_modes
+from . import launch, split_decode
+from .sparse_prefill import check
+
+EVERY_KEY = 1 << 30  # a window that no sequence reaches
+PROGRAMS_EACH_SM = 2  # of split_decode, by its registers and shared memory on sm_90
+FEWEST_SHARED = 512  # tokens of a prefix that are worth a launch of their own
+_ON = "{name}: is on {got}, q is on {device}; all must be on the same"
+
+
+class Workspace:
+    """Where partial results and arrivals lie, of one device and one stream at a time.
+
+    It grows with what it is asked for, and arrivals are 0 between launches: one that is shared by
+    launches that run beside each other gives wrong results. Under a graph capture it must have
+    grown before (`paged_decode` once with the largest batch).
+    """
+
+    def __init__(self) -> None:
+        self._floats: torch.Tensor | None = None
+        self._arrivals: torch.Tensor | None = None
+
+    def take(self, floats: int, places: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        if self._floats is None or self._floats.numel() < floats or self._floats.device != device:
+            self._floats = torch.empty(floats, device=device)
+        if (
+            self._arrivals is None
+            or self._arrivals.numel() < places
+            or self._arrivals.device != device
+        ):
+            self._arrivals = torch.zeros(places, dtype=torch.int32, device=device)
+        return self._floats, self._arrivals
+
+
+@triton.jit
+def _shared_prefix(
+    shared,  # i32 [1]
+    block_table,  # i32 [S, pages]
+    query_start_loc,  # i32 [S + 1]
+    seq_lens,  # i32 [S]
+    num_seqs,
+    table_row,
+    fewest,
+    PAGE: tl.constexpr,
+    ROUND: tl.constexpr,
+    SEQS: tl.constexpr,
+    PAGES: tl.constexpr,
+):
+    """How many of their first keys all sequences of a batch have in common, by their pages."""
+    s = tl.arange(0, SEQS)
+    is_seq = s < num_seqs
+    lens = tl.load(seq_lens + s, mask=is_seq, other=0)
+    queries = tl.load(query_start_loc + s + 1, mask=is_seq, other=0) - tl.load(
+        query_start_loc + s, mask=is_seq, other=0
+    )
+    is_seq = is_seq & (queries > 0)  # the others are padding
+    # Queries see all of it: it ends before the first of them.
+    most = tl.min(tl.where(is_seq, (lens - queries) // PAGE, 1 << 30), 0)
+    most = tl.where(tl.sum(is_seq.to(tl.int32), 0) > 1, most, 0)
+    p = tl.arange(0, PAGES)
+    found = 0
+    going = 1
+    while going == 1:
+        page = found + p
+        inside = (page < most)[None, :] & is_seq[:, None]
+        mine = tl.load(block_table + s.to(tl.int64)[:, None] * table_row + page[None, :],
+                       mask=inside, other=0)  # fmt: skip
+        first = tl.load(block_table + page, mask=page < most, other=0)
+        differs = tl.max((inside & (mine != first[None, :])).to(tl.int32), 0)
+        stop = tl.min(tl.where((differs == 1) | (page >= most), p, PAGES), 0)
+        found += stop
+        going = (stop == PAGES).to(tl.int32)
+    keys = found * PAGE // ROUND * ROUND
+    tl.store(shared, tl.where(keys >= fewest, keys, 0))
+
+
+def shared_prefix(
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    page: int,
+    fewest: int = FEWEST_SHARED,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """int32 [1]: the first keys that every sequence of the batch reads from the same pages.
+
+    0 where they are fewer than `fewest`. Found on the device, once for all layers of a step.
+    """
+    seqs = seq_lens.numel()
+    shared = torch.empty(1, dtype=torch.int32, device=seq_lens.device) if out is None else out
+    _shared_prefix[(1,)](
+        shared, block_table, query_start_loc, seq_lens, seqs, block_table.stride(0), fewest,
+        PAGE=page, ROUND=64, SEQS=triton.next_power_of_2(max(seqs, 2)), PAGES=64,
+        **launch.options(4, 1),
+    )  # fmt: skip
+    return shared
+
+
+@cache
+def _slots(device: torch.device) -> int:
+    """Programs of split_decode that run at once; on the interpreter's CPU those of an H100."""
+    if device.type == "cpu":
+        return 132 * PROGRAMS_EACH_SM
+    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_EACH_SM
+
+
+def most_splits(seqs: int, tiles: int, programs_each: int, slots: int) -> int:
+    """Splits that a launch leaves room for: enough for four waves of a batch of this size.
+
+    It depends on nothing that changes between the replays of a graph.
+    """
+    wanted = triton.cdiv(4 * slots, max(seqs * programs_each, 1))
+    most = min(wanted, max(tiles, 1), split_decode.MAX_SPLITS)
+    return triton.next_power_of_2(max(most, 1))
+
+
+def paged_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    out: torch.Tensor | None = None,
+    softmax: softmax_modes.Softmax = "online",
+    phi: torch.Tensor | None = None,
+    flagged: torch.Tensor | None = None,
+    query_start_loc: torch.Tensor | None = None,
+    max_query_len: int = 1,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    shared: torch.Tensor | None = None,
+    workspace: Workspace | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `reference.paged_decode`; beside it:
+
+    Args:
+        max_query_len: the most rows that a sequence has in q.
+        k_scale, v_scale: factors on the cached keys and values, of FP8 caches.
+        shared: int32 [1] from `shared_prefix`: so many first keys are read once for the batch.
+            Rows that leave the window of phi count in either part. Not with a window.
+        workspace: kept by the caller from launch to launch; None: a new one, which costs a memset.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    out = check(q, k_cache, v_cache, out, None, scale)
+    softmax_modes.check(softmax, phi, q.shape[1])
+    if window is not None and window < 1:
+        raise ValueError(f"window: got {window}; give 1 or more keys, or None for all")
+    if shared is not None and window is not None:
+        raise ValueError("shared: a prefix is shared only where there is no window; leave one out")
+    if flagged is not None and (flagged.dtype != torch.int64 or flagged.numel() != 1):
+        raise ValueError(
+            f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
+        )
+    seqs, device = seq_lens.numel(), q.device
+    if query_start_loc is None:
+        query_start_loc = torch.arange(seqs + 1, dtype=torch.int32, device=device)
+    for name, tensor in (
+        ("block_table", block_table), ("seq_lens", seq_lens), ("query_start_loc", query_start_loc),
+    ):  # fmt: skip
+        if tensor.dtype != torch.int32:
+            raise ValueError(f"{name}: got {tensor.dtype}; it must be int32")
+        if tensor.device != device:
+            raise ValueError(_ON.format(name=name, got=tensor.device, device=device))
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    if not seqs or not q.shape[0]:
+        return out, lse
+    workspace = Workspace() if workspace is None else workspace
+    if flagged is None and softmax == "unified":
+        flagged = torch.zeros(1, dtype=torch.int64, device=device)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    common = {
+        "scale": scale, "softmax": softmax, "phi": phi, "flagged": flagged, "k_scale": k_scale,
+        "v_scale": v_scale, "workspace": workspace,
+    }  # fmt: skip
+    prefix = None
+    if shared is not None:
+        # All rows of the batch as those of one sequence that sees the whole prefix.
+        prefix_out = torch.empty(q.shape, dtype=torch.float32, device=device)
+        prefix_lse = torch.empty_like(lse)
+        bounds = torch.stack([query_start_loc[0], query_start_loc[-1]])
+        _launch(
+            q, k_cache, v_cache, prefix_out, prefix_lse, block_table[:1], bounds, shared,
+            tokens=q.shape[0], causal=False, **common,
+        )  # fmt: skip
+        prefix = (prefix_out, prefix_lse, shared)
+    _launch(
+        q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens,
+        tokens=max_query_len, causal=True, window=window, sinks=sinks, prefix=prefix, **common,
+    )  # fmt: skip
+    return out, lse
+
+
+def _launch(
+    q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, *, tokens, causal,
+    scale, softmax, phi, flagged, k_scale, v_scale, workspace, window=None, sinks=None, prefix=None,
+) -> None:  # fmt: skip
+    heads, head_size = q.shape[1:]
+    kv_heads, page = k_cache.shape[1:3]
+    seqs, device = seq_lens.numel(), q.device
+    target = launch.target_of(device)
+    made = split_decode.constants(
+        q.dtype, head_size, group=heads // kv_heads, page=page, tokens=tokens, splits=1, seqs=seqs,
+        mode=softmax_modes.MODES.index(softmax), causal=causal, sinks=sinks is not None,
+        prefix=prefix is not None,
+    )  # fmt: skip
+    each = kv_heads * made["ROW_TILES"]
+    slots = _slots(device)
+    tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
+    splits = made["SPLITS"] = most_splits(seqs, tiles, each, slots)
+    slices = seqs * each * splits * made["ROWS"]
+    floats, arrivals = workspace.take(slices * (made["D_PADDED"] + 2), seqs * each, device)
+    prefix_out, prefix_lse, prefix_keys = prefix or (lse, lse, seq_lens)  # not read without
+    warps, stages = split_decode.warps_and_stages(target, made["ROWS"])
+    split_decode._split_decode[(splits, each, seqs)](
+        q, k_cache, v_cache, out, lse,
+        lse if sinks is None else sinks, lse if phi is None else phi,
+        lse if flagged is None else flagged, prefix_out, prefix_lse, prefix_keys,
+        block_table, query_start_loc, seq_lens,
+        floats, floats[slices * made["D_PADDED"] :], arrivals,
+        scale, k_scale, v_scale, EVERY_KEY if window is None else window, slots, seqs,
+        q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
+        block_table.stride(0), heads,
+        **made, **launch.options(warps, stages),
+    )  # fmt: skip

@@ -1,0 +1,307 @@
+"""The decode kernel: the query heads of one KV head over a range of one sequence's keys.
+
+A program takes up to 64 rows (query heads of a KV head x the sequence's new tokens) and one of the
+ranges ("splits") that the keys are cut into. How many there are is computed on the device from the
+lengths, so that a captured graph stays right as they grow. The program that arrives last at a
+sequence's counter joins the partial results; no second launch. The three softmax modes are those
+of `kernels/softmax_modes.py`: a split that leaves the window of phi is computed again, online, by
+the program that has it.
+
+Split-KV: FlashDecoding (Dao et al. 2023); the constant maximum: FlashDecoding++ (arXiv 2311.01282,
+section 3); the cost of a number of splits has the form of FlashInfer pull request 4904.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from .decode_sums import HIGH, LOWEST_SUM, _join, _sums, _tiles_of_chunk
+from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel
+
+MAX_SPLITS = 128
+MAX_ROWS = 64
+ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
+
+
+@triton.jit
+def _split_decode(
+    q,  # [T, H, D]
+    k_cache,  # [pages, Hkv, PAGE, D]
+    v_cache,
+    out,  # [T, H, D]
+    lse,  # fp32 [T, H]
+    sinks,  # fp32 [H]
+    phi,  # fp32 [H]
+    flagged,  # i64 [1]
+    prefix_out,  # fp32 [T, H, D], attention over the first keys, of which there are
+    prefix_lse,  # fp32 [T, H]
+    prefix_keys,  # i32 [1]
+    block_table,  # i32 [S, pages]
+    query_start_loc,  # i32 [S + 1]
+    seq_lens,  # i32 [S]
+    partial_acc,  # fp32 [S, tiles, splits, ROWS, D_PADDED]
+    partial_sum,  # fp32 [2, S, tiles, splits, ROWS], bases and sums
+    arrivals,  # i32 [S, tiles], 0 before and after
+    scale,
+    k_scale,
+    v_scale,
+    window,
+    slots,
+    num_seqs,
+    q_row: tl.int64,
+    q_head: tl.int64,
+    kv_page: tl.int64,
+    kv_head_stride: tl.int64,
+    kv_row: tl.int64,
+    out_row: tl.int64,
+    out_head: tl.int64,
+    table_row,
+    num_heads,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SEQS: tl.constexpr,
+    MODE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SINKS: tl.constexpr,
+    PREFIX: tl.constexpr,
+    WIDE_P: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1) // ROW_TILES
+    row_tile = tl.program_id(1) % ROW_TILES
+    sequence = tl.program_id(2)
+    begin = tl.load(query_start_loc + sequence)
+    query_len = tl.load(query_start_loc + sequence + 1) - begin
+    seq_len = tl.load(seq_lens + sequence)
+    first_token = row_tile * ROWS // GROUP
+    if first_token >= query_len:  # padding
+        return
+    chunk = _tiles_of_chunk(seq_lens, num_seqs, window, tl.num_programs(1), slots, SEQS, KEYS)
+    first_key = 0
+    if CAUSAL:
+        first_key = tl.maximum(seq_len - query_len + first_token - window + 1, 0)
+    if PREFIX:
+        first_key = tl.maximum(first_key, tl.load(prefix_keys))
+    tile0 = first_key // KEYS
+    tiles = tl.maximum(tl.cdiv(seq_len, KEYS) - tile0, 0)
+    chunk = tl.maximum(chunk, tl.cdiv(tiles, SPLITS))
+    splits = tl.maximum(tl.cdiv(tiles, chunk), 1)
+    if split >= splits:
+        return
+
+    r = tl.arange(0, ROWS)
+    token = (row_tile * ROWS + r) // GROUP
+    head = kv_head * GROUP + (row_tile * ROWS + r) % GROUP
+    is_row = token < query_len
+    position = seq_len - query_len + token
+    row = (begin + token).to(tl.int64)
+    d = tl.arange(0, D_PADDED)
+    is_d = d < D
+    is_out = is_row[:, None] & is_d[None, :]
+    q_tile = tl.load(
+        q + row[:, None] * q_row + head.to(tl.int64)[:, None] * q_head + d[None, :],
+        mask=is_out,
+        other=0.0,
+    )
+    base_of = tl.zeros([ROWS], tl.float32)
+    if MODE == 2:
+        base_of = tl.load(phi + head, mask=is_row, other=0.0) * 1.4426950408889634
+    k_base = k_cache + kv_head.to(tl.int64) * kv_head_stride
+    v_base = v_cache + kv_head.to(tl.int64) * kv_head_stride
+    table = block_table + sequence.to(tl.int64) * table_row
+    scale_log2 = scale * k_scale * 1.4426950408889634
+    begin_tile = tile0 + split * chunk
+    end_tile = tl.minimum(begin_tile + chunk, tile0 + tiles)
+
+    base, top, total, acc = _sums(
+        q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile, seq_len,
+        window, scale_log2, base_of, is_d, MODE, CAUSAL, ROWS, KEYS, D_PADDED, PAGE, WIDE_P,
+    )  # fmt: skip
+    if MODE == 2:
+        # Written so that a NaN does not pass.
+        passes = (top - base_of <= HIGH) & (total >= LOWEST_SUM)
+        passes = passes | (top == float("-inf")) | (is_row == 0)
+        if tl.min(passes.to(tl.int32), 0) == 0:
+            base, top, total, acc = _sums(
+                q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile,
+                seq_len, window, scale_log2, base_of, is_d, 0, CAUSAL, ROWS, KEYS, D_PADDED, PAGE,
+                False,
+            )  # fmt: skip
+
+    # Over the whole row, however its keys were split: how far above phi, and how much in all.
+    excess = base - base_of
+    unified_sum = total * tl.math.exp2(tl.minimum(excess, 115.0))
+    unified_sum = tl.where(total > 0, unified_sum, 0.0)
+    last = 0
+    if splits > 1:
+        place = (sequence * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        slot = (place * SPLITS + split) * ROWS + r
+        all_slots = (tl.num_programs(2) * tl.num_programs(1) * SPLITS * ROWS).to(tl.int64)
+        tl.store(partial_acc + slot[:, None] * D_PADDED + d[None, :], acc)
+        tl.store(partial_sum + slot, base)
+        tl.store(partial_sum + all_slots + slot, total)
+        tl.debug_barrier()  # every thread's part is written before one of them says so
+        arrived = tl.atomic_add(arrivals + place, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            last = 1
+            tl.store(arrivals + place, 0)
+            s = tl.arange(0, SPLITS)
+            all_of = (place * SPLITS + s[:, None]) * ROWS + r[None, :]
+            bases = tl.load(
+                partial_sum + all_of, mask=s[:, None] < splits, other=float("-inf"),
+                cache_modifier=".cg",
+            )  # fmt: skip
+            totals = tl.load(
+                partial_sum + all_slots + all_of, mask=s[:, None] < splits, other=0.0,
+                cache_modifier=".cg",
+            )  # fmt: skip
+            bases = tl.where(totals > 0, bases, float("-inf"))
+            base = tl.max(bases, 0)
+            finite = tl.where(base == float("-inf"), 0.0, base)
+            total = tl.sum(totals * tl.math.exp2(bases - finite[None, :]), 0)
+            if MODE == 2:
+                excess = tl.max(bases - base_of[None, :], 0)
+                over_phi = tl.math.exp2(tl.minimum(bases - base_of[None, :], 115.0))
+                unified_sum = tl.sum(totals * over_phi, 0)
+            acc = tl.zeros([ROWS, D_PADDED], tl.float32)
+            for i in tl.range(0, splits, loop_unroll_factor=4):
+                part = (place * SPLITS + i) * ROWS + r
+                its_base = tl.load(partial_sum + part, cache_modifier=".cg")
+                its_total = tl.load(partial_sum + all_slots + part, cache_modifier=".cg")
+                weight = tl.where(its_total > 0, tl.math.exp2(its_base - finite), 0.0)
+                its = tl.load(
+                    partial_acc + part[:, None] * D_PADDED + d[None, :], cache_modifier=".cg"
+                )
+                acc += weight[:, None] * its
+    else:
+        last = 1
+
+    if last == 1:
+        if MODE == 2:
+            left = (excess > HIGH) | (unified_sum < LOWEST_SUM)
+            left = left & (total > 0) & is_row
+            count = tl.sum(left.to(tl.int64), 0)
+            if count > 0:
+                tl.atomic_add(flagged, count)
+        acc = acc * v_scale
+        if PREFIX:
+            its_lse = (
+                tl.load(prefix_lse + row * num_heads + head, mask=is_row, other=float("-inf"))
+                * 1.4426950408889634
+            )
+            its = tl.load(
+                prefix_out + (row * num_heads + head)[:, None] * D + d[None, :],
+                mask=is_out, other=0.0,
+            )  # fmt: skip
+            base, total, acc = _join(base, total, acc, its_lse, its)
+        if SINKS:
+            sink = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
+            base, total, acc = _join(base, total, acc, sink, tl.zeros_like(acc))
+        some = total > 0
+        acc = acc / tl.where(some, total, 1.0)[:, None]
+        natural = (base + tl.math.log2(tl.where(some, total, 1.0))) / 1.4426950408889634
+        natural = tl.where(some, natural, float("-inf"))
+        tl.store(
+            out + row[:, None] * out_row + head.to(tl.int64)[:, None] * out_head + d[None, :],
+            acc.to(out.dtype.element_ty),
+            mask=is_out,
+        )
+        tl.store(lse + row * num_heads + head, natural, mask=is_row)
+
+
+SIGNATURE = {
+    "lse": "*fp32", "sinks": "*fp32", "phi": "*fp32", "flagged": "*i64", "prefix_out": "*fp32",
+    "prefix_lse": "*fp32", "prefix_keys": "*i32", "block_table": "*i32",
+    "query_start_loc": "*i32", "seq_lens": "*i32", "partial_acc": "*fp32", "partial_sum": "*fp32",
+    "arrivals": "*i32", "scale": "fp32", "k_scale": "fp32", "v_scale": "fp32", "window": "i32",
+    "slots": "i32", "num_seqs": "i32", "table_row": "i32", "num_heads": "i32",
+}  # fmt: skip
+STRIDES = (
+    "q_row", "q_head", "kv_page", "kv_head_stride", "kv_row", "out_row", "out_head",
+)  # fmt: skip
+PAGE = 16  # tokens, vLLM's default on GPUs
+
+
+def constants(
+    dtype: torch.dtype, head_size: int, *, group: int, page: int, tokens: int, splits: int,
+    seqs: int, mode: int, causal: bool = True, sinks: bool = False, prefix: bool = False,
+) -> dict[str, object]:  # fmt: skip
+    """The constants of a launch for up to `tokens` query rows a sequence."""
+    padded = triton.next_power_of_2(head_size)
+    rows = min(max(triton.next_power_of_2(group * tokens), 16), MAX_ROWS)
+    return {
+        "GROUP": group,
+        "D": head_size,
+        "D_PADDED": padded,
+        "PAGE": page,
+        "KEYS": 64 if padded <= 128 else 32,
+        "ROWS": rows,
+        "ROW_TILES": triton.cdiv(group * tokens, rows),
+        "SPLITS": splits,
+        "SEQS": triton.next_power_of_2(seqs),
+        "MODE": mode,
+        "CAUSAL": causal,
+        "SINKS": sinks,
+        "PREFIX": prefix,
+        "WIDE_P": mode == UNIFIED and dtype == torch.float16,
+    }
+
+
+def warps_and_stages(target: Target, rows: int) -> tuple[int, int]:
+    """Four warps; keys and values of three steps in flight, 96 KiB at head size 128."""
+    return 4, 3 if target.backend == "cuda" else 1
+
+
+# (name, tokens a sequence, softmax mode, more)
+FORMS = (
+    ("online", 1, ONLINE, {}),
+    ("lazy", 1, LAZY, {}),
+    ("unified", 1, UNIFIED, {}),
+    ("online-8tokens", 8, ONLINE, {}),
+    ("unified-8tokens", 8, UNIFIED, {}),
+    ("prefix", 64, ONLINE, {"causal": False}),
+    ("suffix", 1, ONLINE, {"prefix": True}),
+    ("sinks", 1, ONLINE, {"sinks": True}),
+)
+
+
+@kernel(_split_decode)
+def configs(target: Target) -> Iterator[Config]:
+    for dtype in SERVING_DTYPES:
+        for head_size in HEAD_SIZES:
+            for form, tokens, mode, more in FORMS:
+                # The types change little else: one head size and two modes show float16.
+                if dtype is torch.float16 and (
+                    head_size != 128 or form not in ("online", "unified")
+                ):
+                    continue
+                if form == "sinks" and head_size != 64:  # gpt-oss
+                    continue
+                made = constants(
+                    dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
+                    mode=mode, **more,
+                )  # fmt: skip
+                warps, stages = warps_and_stages(target, made["ROWS"])
+                name = DTYPES[dtype]
+                signature = SIGNATURE | dict.fromkeys(STRIDES, "i64")
+                signature |= dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{name}")
+                if form == "prefix":
+                    signature["out"] = "*fp32"
+                yield Config(
+                    f"{name}-d{head_size}-{form}", made, warps, stages, signature, serving=True,
+                    aligned=frozenset(
+                        key
+                        for key, kind in signature.items()
+                        if kind.startswith("*") or key in STRIDES
+                    ),
+                )  # fmt: skip
