@@ -76,6 +76,56 @@ def check(
     raise typer.Exit(1)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[str, typer.Argument(help="A folder, or a name on the Hugging Face hub.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The pattern file to write, or to add phi to.")
+    ],
+    prompt: Annotated[
+        list[Path] | None,
+        typer.Option(help="A text file to measure on, more than once if there are more. "
+                     "Without: random tokens."),
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="Most tokens of a prompt.")] = 4096,
+    samples: Annotated[int, typer.Option(min=1, help="Prompts of random tokens.")] = 2,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on a CPU.")
+    ] = None,
+) -> None:  # fmt: skip
+    """Measure phi, which decode with softmax "unified" needs, and put it into a pattern file."""
+    from vllm_sparse.search import calibrate as calibration
+
+    try:
+        found, _ = calibration.run(
+            model, output, files=prompt or (), length=length, samples=samples, device=device,
+            dtype=dtype,
+        )  # fmt: skip
+    except ValueError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from None
+    if found.proven:
+        typer.echo(
+            f"{len(found.proven)} of {len(found.phi)} layers are bounded by their QK-norm: phi 0, "
+            "and no row can leave its window."
+        )
+    if found.tokens:
+        values = [value for layer in found.phi.values() for value in layer]
+        typer.echo(
+            f"Measured over {found.tokens} tokens: phi from {min(values):g} to {max(values):g}."
+        )
+    if found.wide:
+        typer.echo(
+            f"{sum(found.wide.values())} heads (of the layers {', '.join(map(str, found.wide))}) "
+            "reach further than any phi serves: some of their rows will be computed again."
+        )
+    typer.echo(
+        f"Written: {output}. Serve with --additional-config.sparse.softmax unified "
+        f"--additional-config.sparse.patterns {output}"
+    )
+
+
 # `--help` is one of the things to pass on.
 @app.command(
     add_help_option=False,

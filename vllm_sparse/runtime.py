@@ -146,8 +146,8 @@ def say_flagged() -> None:
     """Log, once in a process, that rows left the window of phi."""
     logger.warning(
         "Softmax unified: the logits of a row left the window of phi. It was computed again with "
-        "the online softmax, as every such row is, and counted (softmax_flagged). If there are many, "
-        "measure phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
+        "the online softmax, as every such row is, and counted (softmax_flagged). If they are "
+        "many, measure phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
     )
 
 

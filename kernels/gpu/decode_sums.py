@@ -1,5 +1,5 @@
-"""The parts of the decode kernel: how many splits pay, the sums over a range of keys in each softmax
-mode, and how partial results join."""
+"""The parts of the decode kernel: how many splits pay, the sums over a range of keys in each
+softmax mode, and how partial results join."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def _sums(
     window, scale_log2, phi, is_d,
     MODE: tl.constexpr, CAUSAL: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     D_PADDED: tl.constexpr, PAGE: tl.constexpr, WIDE_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """(base, highest logit, sum, weighted values) of the rows over some tiles of keys.
 
@@ -71,7 +72,7 @@ def _sums(
     # Where a step's keys lie is looked up during the step before.
     key = first_tile * KEYS + n
     at = _rows_of_keys(key, key < seq_len, table, kv_page, kv_row, PAGE)
-    for tile in range(first_tile, last_tile):
+    for tile in tl.range(first_tile, last_tile, num_stages=STAGES):
         key = tile * KEYS + n
         inside = key < seq_len
         k = tl.load(

@@ -1,4 +1,4 @@
-"""Decode attention on a GPU: what `split_decode` needs around it, and reading a shared prefix once."""
+"""Decode attention on a GPU: `split_decode` and what it needs around it; shared prefixes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from . import launch, split_decode
 from .sparse_prefill import check
 
 EVERY_KEY = 1 << 30  # a window that no sequence reaches
-PROGRAMS_EACH_SM = 2  # of split_decode, by its registers and shared memory on sm_90
+# Programs of split_decode that an SM holds, by registers and shared memory of its compiled code:
+# 123 x 128 threads and 72 KB, or 174 x 256 threads (sm_90, head size 128).
+PROGRAMS_EACH_SM = {4: 2, 8: 1}
 FEWEST_SHARED = 512  # tokens of a prefix that are worth a launch of their own
 _ON = "{name}: is on {got}, q is on {device}; all must be on the same"
 
@@ -108,11 +110,12 @@ def shared_prefix(
 
 
 @cache
-def _slots(device: torch.device) -> int:
+def _slots(device: torch.device, warps: int) -> int:
     """Programs of split_decode that run at once; on the interpreter's CPU those of an H100."""
     if device.type == "cpu":
-        return 132 * PROGRAMS_EACH_SM
-    return torch.cuda.get_device_properties(device).multi_processor_count * PROGRAMS_EACH_SM
+        return 132 * PROGRAMS_EACH_SM[warps]
+    sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return sms * PROGRAMS_EACH_SM[warps]
 
 
 def most_splits(seqs: int, tiles: int, programs_each: int, slots: int) -> int:
@@ -216,19 +219,20 @@ def _launch(
     kv_heads, page = k_cache.shape[1:3]
     seqs, device = seq_lens.numel(), q.device
     target = launch.target_of(device)
+    mode = softmax_modes.MODES.index(softmax)
     made = split_decode.constants(
-        q.dtype, head_size, group=heads // kv_heads, page=page, tokens=tokens, splits=1, seqs=seqs,
-        mode=softmax_modes.MODES.index(softmax), causal=causal, sinks=sinks is not None,
+        target, q.dtype, head_size, group=heads // kv_heads, page=page, tokens=tokens, splits=1,
+        seqs=seqs, mode=mode, causal=causal, sinks=sinks is not None,
         prefix=prefix is not None,
     )  # fmt: skip
     each = kv_heads * made["ROW_TILES"]
-    slots = _slots(device)
+    warps, stages = split_decode.warps_and_stages(target, made["ROWS"], mode)
+    slots = _slots(device, warps)
     tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
     splits = made["SPLITS"] = most_splits(seqs, tiles, each, slots)
     slices = seqs * each * splits * made["ROWS"]
     floats, arrivals = workspace.take(slices * (made["D_PADDED"] + 2), seqs * each, device)
     prefix_out, prefix_lse, prefix_keys = prefix or (lse, lse, seq_lens)  # not read without
-    warps, stages = split_decode.warps_and_stages(target, made["ROWS"])
     split_decode._split_decode[(splits, each, seqs)](
         q, k_cache, v_cache, out, lse,
         lse if sinks is None else sinks, lse if phi is None else phi,

@@ -75,6 +75,7 @@ def _split_decode(
     SINKS: tl.constexpr,
     PREFIX: tl.constexpr,
     WIDE_P: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     split = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
@@ -126,6 +127,7 @@ def _split_decode(
     base, top, total, acc = _sums(
         q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile, seq_len,
         window, scale_log2, base_of, is_d, MODE, CAUSAL, ROWS, KEYS, D_PADDED, PAGE, WIDE_P,
+        STAGES,
     )  # fmt: skip
     if MODE == 2:
         # Written so that a NaN does not pass.
@@ -135,7 +137,7 @@ def _split_decode(
             base, top, total, acc = _sums(
                 q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile,
                 seq_len, window, scale_log2, base_of, is_d, 0, CAUSAL, ROWS, KEYS, D_PADDED, PAGE,
-                False,
+                False, 1,
             )  # fmt: skip
 
     # Over the whole row, however its keys were split: how far above phi, and how much in all.
@@ -233,18 +235,23 @@ PAGE = 16  # tokens, vLLM's default on GPUs
 
 
 def constants(
-    dtype: torch.dtype, head_size: int, *, group: int, page: int, tokens: int, splits: int,
-    seqs: int, mode: int, causal: bool = True, sinks: bool = False, prefix: bool = False,
+    target: Target, dtype: torch.dtype, head_size: int, *, group: int, page: int, tokens: int,
+    splits: int, seqs: int, mode: int, causal: bool = True, sinks: bool = False, prefix: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """The constants of a launch for up to `tokens` query rows a sequence."""
     padded = triton.next_power_of_2(head_size)
-    rows = min(max(triton.next_power_of_2(group * tokens), 16), MAX_ROWS)
+    keys = 64 if padded <= 128 else 32
+    if target.backend == "hip" and mode == UNIFIED:
+        keys //= 2  # 64 spill 36 to 224 bytes on gfx942
+    # 64 rows of 256 accumulators spill 72 bytes on sm_90.
+    most = MAX_ROWS if padded <= 128 else MAX_ROWS // 2
+    rows = min(max(triton.next_power_of_2(group * tokens), 16), most)
     return {
         "GROUP": group,
         "D": head_size,
         "D_PADDED": padded,
         "PAGE": page,
-        "KEYS": 64 if padded <= 128 else 32,
+        "KEYS": keys,
         "ROWS": rows,
         "ROW_TILES": triton.cdiv(group * tokens, rows),
         "SPLITS": splits,
@@ -254,12 +261,15 @@ def constants(
         "SINKS": sinks,
         "PREFIX": prefix,
         "WIDE_P": mode == UNIFIED and dtype == torch.float16,
+        "STAGES": warps_and_stages(target, rows, mode)[1],
     }
 
 
-def warps_and_stages(target: Target, rows: int) -> tuple[int, int]:
-    """Four warps; keys and values of three steps in flight, 96 KiB at head size 128."""
-    return 4, 3 if target.backend == "cuda" else 1
+def warps_and_stages(target: Target, rows: int, mode: int) -> tuple[int, int]:
+    """Keys and values of three steps in flight: 96 KiB at head size 128."""
+    # With four, unified's lanes and the loop that computes again spill 56 bytes on sm_90.
+    warps = 4 if rows == 16 and mode != UNIFIED else 8
+    return warps, 3 if target.backend == "cuda" else 1
 
 
 # (name, tokens a sequence, softmax mode, more)
@@ -275,23 +285,30 @@ FORMS = (
 )
 
 
+_EVERY = tuple(form for form, *_ in FORMS)
+SHOWN = {
+    (torch.bfloat16, 64): ("online", "unified", "sinks"),  # gpt-oss has sinks and 64
+    (torch.bfloat16, 96): ("online", "unified"),
+    (torch.bfloat16, 128): _EVERY,
+    (torch.bfloat16, 256): ("online", "unified", "unified-8tokens", "prefix"),
+    (torch.float16, 128): ("online", "unified"),
+}
+
+
 @kernel(_split_decode)
 def configs(target: Target) -> Iterator[Config]:
     for dtype in SERVING_DTYPES:
         for head_size in HEAD_SIZES:
             for form, tokens, mode, more in FORMS:
-                # The types change little else: one head size and two modes show float16.
-                if dtype is torch.float16 and (
-                    head_size != 128 or form not in ("online", "unified")
-                ):
-                    continue
-                if form == "sinks" and head_size != 64:  # gpt-oss
+                # The other head sizes and float16 compile to the same code but for sizes and
+                # types: some forms show them.
+                if form not in SHOWN.get((dtype, head_size), ()):
                     continue
                 made = constants(
-                    dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
+                    target, dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
                     mode=mode, **more,
                 )  # fmt: skip
-                warps, stages = warps_and_stages(target, made["ROWS"])
+                warps, stages = warps_and_stages(target, made["ROWS"], mode)
                 name = DTYPES[dtype]
                 signature = SIGNATURE | dict.fromkeys(STRIDES, "i64")
                 signature |= dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{name}")

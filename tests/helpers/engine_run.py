@@ -32,7 +32,19 @@ class Run:
     cached: list[list[int]]  # prompt tokens found in the prefix cache, [batch][prompt]
     preemptions: list[int]  # [batch]
     logprobs_finite: bool
+    stats: list[dict]  # what each worker counted, see vllm_sparse.stats
     log: str
+
+
+class Probe:
+    """Methods of every worker."""
+
+    def probe(self) -> dict:
+        from dataclasses import asdict
+
+        from vllm_sparse.stats import STATS
+
+        return asdict(STATS)
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -64,6 +76,7 @@ def run(
         "max_model_len": 4096,
         "kv_cache_memory_bytes": 64 << 20,
         "disable_log_stats": False,
+        "worker_extension_cls": "engine_run.Probe",
         **engine,
     }
     job = json.dumps({"engine": arguments, "batches": batches, "max_tokens": max_tokens})
@@ -122,6 +135,7 @@ def _generate(job: dict) -> dict:
             for step in output.outputs[0].logprobs:
                 if not all(math.isfinite(x.logprob) for x in step.values()):
                     result["logprobs_finite"] = False
+    result["stats"] = llm.collective_rpc("probe")
     return result
 
 
