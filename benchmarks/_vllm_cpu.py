@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -35,14 +37,30 @@ class VllmCpuAttention:
         rows, heads, head_size = q.shape
         starts = torch.tensor([0, rows], dtype=torch.int32)
         lens = torch.tensor([seq_len], dtype=torch.int32)
-        plan = self.ops.cpu_attn_get_scheduler_metadata(
-            num_reqs=1, num_heads=heads, num_kv_heads=self.k_cache.shape[1], head_dim=head_size,
-            seq_lens=lens, dtype=q.dtype, query_start_loc=starts, causal=True,
+        plan = self._plan(heads, head_size, q.dtype, starts, lens)
+        self._run(q, out, starts, lens, self.block_table, plan)
+
+    def decoder(self, q: torch.Tensor, seqs: int, out: torch.Tensor) -> Callable[[], None]:
+        """What decodes q [seqs, H, D] over the cached tokens as so many sequences, of whole pages
+        each; planned once, as vLLM does for all layers of a step."""
+        _, heads, head_size = q.shape
+        table = self.block_table.view(seqs, -1)
+        starts = torch.arange(seqs + 1, dtype=torch.int32)
+        lens = torch.full((seqs,), table.shape[1] * self.page, dtype=torch.int32)
+        plan = self._plan(heads, head_size, q.dtype, starts, lens)
+        return lambda: self._run(q, out, starts, lens, table, plan)
+
+    def _plan(self, heads: int, head_size: int, dtype, starts, lens):
+        return self.ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=lens.numel(), num_heads=heads, num_kv_heads=self.k_cache.shape[1],
+            head_dim=head_size, seq_lens=lens, dtype=dtype, query_start_loc=starts, causal=True,
             sliding_window_size=-1, isa=self.isa, enable_kv_split=True,
         )  # fmt: skip
+
+    def _run(self, q: torch.Tensor, out: torch.Tensor, starts, lens, table, plan) -> None:
         self.ops.cpu_attention_with_kv_cache(
             query=q, key_cache=self.k_cache, value_cache=self.v_cache, output=out,
-            query_start_loc=starts, seq_lens=lens, scale=head_size**-0.5, causal=True,
-            alibi_slopes=None, sliding_window=-1, block_table=self.block_table, softcap=0,
+            query_start_loc=starts, seq_lens=lens, scale=q.shape[2] ** -0.5, causal=True,
+            alibi_slopes=None, sliding_window=-1, block_table=table, softcap=0,
             scheduler_metadata=plan, s_aux=None,
         )  # fmt: skip

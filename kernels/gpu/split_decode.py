@@ -235,9 +235,20 @@ PAGE = 16  # tokens, vLLM's default on GPUs
 
 
 def constants(
-    target: Target, dtype: torch.dtype, head_size: int, *, group: int, page: int, tokens: int,
-    splits: int, seqs: int, mode: int, causal: bool = True, sinks: bool = False, prefix: bool = False,
-) -> dict[str, object]:  # fmt: skip
+    target: Target,
+    dtype: torch.dtype,
+    head_size: int,
+    *,
+    group: int,
+    page: int,
+    tokens: int,
+    splits: int,
+    seqs: int,
+    mode: int,
+    causal: bool = True,
+    sinks: bool = False,
+    prefix: bool = False,
+) -> dict[str, object]:
     """The constants of a launch for up to `tokens` query rows a sequence."""
     padded = triton.next_power_of_2(head_size)
     keys = 64 if padded <= 128 else 32
