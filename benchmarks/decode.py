@@ -26,7 +26,10 @@ def turns(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
     while len(seconds[next(iter(work))]) < rounds or (
         time.perf_counter() - begin < SHORTEST_S * len(work)
     ):
-        for name, call in work.items():
+        # Who comes first in a round changes: each finds in the caches what the one before left.
+        order = list(work.items())
+        turn = len(seconds[order[0][0]]) % len(order)
+        for name, call in order[turn:] + order[:turn]:
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
@@ -70,7 +73,8 @@ def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) 
             return cpu.paged_decode(q, *where, scale=scale, out=out, flagged=flagged, **options)
 
         results[softmax] = ours()[0]
-        work[softmax] = lambda ours=ours, out=torch.empty_like(q): ours(out=out)
+        out = torch.empty_like(q)
+        work[softmax] = lambda ours=ours, out=out: ours(out=out)
     limit = 4 * torch.finfo(dtype).eps
     largest = float(peer_out.float().abs().max())
     errors = {

@@ -57,7 +57,8 @@ def _sums(
 ):  # fmt: skip
     """(base, highest logit, sum, weighted values) of the rows over some tiles of keys.
 
-    Logits are in powers of two. Probabilities are exp2(logit - base); `phi` is the base of
+    Logits, bases and phi are in the unit of q . k, so that probabilities, which are
+    exp2((logit - base) scale_log2), come from a difference that is exact. `phi` is the base of
     UNIFIED. The highest logit is known after UNIFIED, and after ONLINE, where it is the base.
     """
     n = tl.arange(0, KEYS)
@@ -86,18 +87,17 @@ def _sums(
         if CAUSAL:
             distance = position[:, None] - key[None, :]
             see = see & (distance >= 0) & (distance < window)
-        logit = tl.dot(q_tile, k.to(q_tile.dtype), input_precision="ieee") * scale_log2
+        logit = tl.dot(q_tile, k.to(q_tile.dtype), input_precision="ieee")
         logit = tl.where(see, logit, float("-inf"))
         if MODE == 2:
-            logit = logit - phi[:, None]
             highest = tl.maximum(highest, logit)
             # What lies too high is cut, and seen at the end.
-            p = tl.math.exp2(tl.minimum(logit, HIGH))
+            p = tl.math.exp2(tl.minimum((logit - phi[:, None]) * scale_log2, HIGH))
             sums += p
         else:
             top = tl.max(logit, 1)
             if MODE == 1:
-                grew = top > base + GROWTH
+                grew = (top - base) * scale_log2 > GROWTH
                 new = tl.where(grew, top, base)
             else:
                 new = tl.maximum(base, top)
@@ -105,15 +105,15 @@ def _sums(
             finite = tl.where(new == float("-inf"), 0.0, new)
             if MODE == 1:
                 if tl.max(grew.to(tl.int32), 0) > 0:
-                    shrink = tl.math.exp2(base - finite)
+                    shrink = tl.math.exp2((base - finite) * scale_log2)
                     total = total * shrink
                     acc = acc * shrink[:, None]
             else:
-                shrink = tl.math.exp2(base - finite)
+                shrink = tl.math.exp2((base - finite) * scale_log2)
                 total = total * shrink
                 acc = acc * shrink[:, None]
             base = new
-            p = tl.math.exp2(logit - finite[:, None])
+            p = tl.math.exp2((logit - finite[:, None]) * scale_log2)
             total += tl.sum(p, 1)
         if WIDE_P:
             # exp(48) is beyond fp16, which tf32 holds exactly: the same digits, and fp32's range.
@@ -124,7 +124,7 @@ def _sums(
             acc = tl.dot(p.to(q_tile.dtype), v.to(q_tile.dtype), acc, input_precision="ieee")
     if MODE == 2:
         base = phi
-        top_of = tl.max(highest, 1) + phi
+        top_of = tl.max(highest, 1)
         total = tl.sum(sums, 1)
     else:
         top_of = base
@@ -132,10 +132,11 @@ def _sums(
 
 
 @triton.jit
-def _join(base, total, acc, other_lse, other_out):
-    """Add a part that is normalised: its lse [M], in powers of two, and out [M, D]."""
+def _join(base, total, acc, other_lse, other_out, scale_log2):
+    """Add a part that is normalised: its lse [M], in the unit of the base, and out [M, D]."""
     own = tl.where(total > 0, base, float("-inf"))
     top = tl.maximum(own, other_lse)
     finite = tl.where(top == float("-inf"), 0.0, top)
-    mine, its = tl.math.exp2(own - finite), tl.math.exp2(other_lse - finite)
+    mine = tl.math.exp2((own - finite) * scale_log2)
+    its = tl.math.exp2((other_lse - finite) * scale_log2)
     return finite, total * mine + its, acc * mine[:, None] + other_out * its[:, None]

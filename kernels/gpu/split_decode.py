@@ -116,7 +116,7 @@ def _split_decode(
     )
     base_of = tl.zeros([ROWS], tl.float32)
     if MODE == 2:
-        base_of = tl.load(phi + head, mask=is_row, other=0.0) * 1.4426950408889634
+        base_of = tl.load(phi + head, mask=is_row, other=0.0) / (scale * k_scale)
     k_base = k_cache + kv_head.to(tl.int64) * kv_head_stride
     v_base = v_cache + kv_head.to(tl.int64) * kv_head_stride
     table = block_table + sequence.to(tl.int64) * table_row
@@ -131,7 +131,7 @@ def _split_decode(
     )  # fmt: skip
     if MODE == 2:
         # Written so that a NaN does not pass.
-        passes = (top - base_of <= HIGH) & (total >= LOWEST_SUM)
+        passes = ((top - base_of) * scale_log2 <= HIGH) & (total >= LOWEST_SUM)
         passes = passes | (top == float("-inf")) | (is_row == 0)
         if tl.min(passes.to(tl.int32), 0) == 0:
             base, top, total, acc = _sums(
@@ -141,7 +141,7 @@ def _split_decode(
             )  # fmt: skip
 
     # Over the whole row, however its keys were split: how far above phi, and how much in all.
-    excess = base - base_of
+    excess = (base - base_of) * scale_log2
     unified_sum = total * tl.math.exp2(tl.minimum(excess, 115.0))
     unified_sum = tl.where(total > 0, unified_sum, 0.0)
     last = 0
@@ -170,17 +170,19 @@ def _split_decode(
             bases = tl.where(totals > 0, bases, float("-inf"))
             base = tl.max(bases, 0)
             finite = tl.where(base == float("-inf"), 0.0, base)
-            total = tl.sum(totals * tl.math.exp2(bases - finite[None, :]), 0)
+            total = tl.sum(totals * tl.math.exp2((bases - finite[None, :]) * scale_log2), 0)
             if MODE == 2:
-                excess = tl.max(bases - base_of[None, :], 0)
-                over_phi = tl.math.exp2(tl.minimum(bases - base_of[None, :], 115.0))
-                unified_sum = tl.sum(totals * over_phi, 0)
+                above = (bases - base_of[None, :]) * scale_log2
+                excess = tl.max(above, 0)
+                unified_sum = tl.sum(totals * tl.math.exp2(tl.minimum(above, 115.0)), 0)
             acc = tl.zeros([ROWS, D_PADDED], tl.float32)
             for i in tl.range(0, splits, loop_unroll_factor=4):
                 part = (place * SPLITS + i) * ROWS + r
                 its_base = tl.load(partial_sum + part, cache_modifier=".cg")
                 its_total = tl.load(partial_sum + all_slots + part, cache_modifier=".cg")
-                weight = tl.where(its_total > 0, tl.math.exp2(its_base - finite), 0.0)
+                weight = tl.where(
+                    its_total > 0, tl.math.exp2((its_base - finite) * scale_log2), 0.0
+                )
                 its = tl.load(
                     partial_acc + part[:, None] * D_PADDED + d[None, :], cache_modifier=".cg"
                 )
@@ -197,21 +199,20 @@ def _split_decode(
                 tl.atomic_add(flagged, count)
         acc = acc * v_scale
         if PREFIX:
-            its_lse = (
-                tl.load(prefix_lse + row * num_heads + head, mask=is_row, other=float("-inf"))
-                * 1.4426950408889634
-            )
+            its_lse = tl.load(prefix_lse + row * num_heads + head, mask=is_row, other=float("-inf"))
+            its_lse = its_lse / (scale * k_scale)
             its = tl.load(
                 prefix_out + (row * num_heads + head)[:, None] * D + d[None, :],
                 mask=is_out, other=0.0,
             )  # fmt: skip
-            base, total, acc = _join(base, total, acc, its_lse, its)
+            base, total, acc = _join(base, total, acc, its_lse, its, scale_log2)
         if SINKS:
-            sink = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
-            base, total, acc = _join(base, total, acc, sink, tl.zeros_like(acc))
+            sink = tl.load(sinks + head, mask=is_row, other=0.0) / (scale * k_scale)
+            base, total, acc = _join(base, total, acc, sink, tl.zeros_like(acc), scale_log2)
         some = total > 0
         acc = acc / tl.where(some, total, 1.0)[:, None]
-        natural = (base + tl.math.log2(tl.where(some, total, 1.0))) / 1.4426950408889634
+        natural = base * (scale * k_scale)
+        natural += tl.math.log2(tl.where(some, total, 1.0)) / 1.4426950408889634
         natural = tl.where(some, natural, float("-inf"))
         tl.store(
             out + row[:, None] * out_row + head.to(tl.int64)[:, None] * out_head + d[None, :],
