@@ -15,7 +15,14 @@ from typing import Any
 import torch
 
 # Files with Triton kernels, each of which fills its part of the table.
-MODULES = ("pack_tiles", "prefill_tile", "write_kv")
+MODULES = (
+    "block_means",
+    "index_lists",
+    "pack_tiles",
+    "prefill_tile",
+    "row_scores",
+    "write_kv",
+)
 
 
 @dataclass(frozen=True)
