@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,21 +77,27 @@ def start(
             dtype, head_size, num_heads, num_kv_heads, threads, chunk=chunk
         )
         source = "measured"
+    kernels = f"{cpu.isa()} x {threads} thread{'' if threads == 1 else 's'}"
+    say_active(logger, config, break_even, source, kernels)
+    return Runtime(break_even, pattern_file)
+
+
+def say_active(
+    logger: logging.Logger, config: SparseConfig, break_even: int, source: str, kernels: str
+) -> None:
+    """The start-up line."""
     logger.info(
         "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "
-        "decode %s, softmax %s, kernels %s x %d thread%s%s",
+        "decode %s, softmax %s, kernels %s%s",
         config.coverage,
         "never" if break_even >= NEVER else f"{break_even} tokens",
         source,
         config.patterns or "adaptive",
         config.decode,
         config.softmax,
-        cpu.isa(),
-        threads,
-        "" if threads == 1 else "s",
+        kernels,
         f", dense layers {list(config.dense_layers)}" if config.dense_layers else "",
     )
-    return Runtime(break_even, pattern_file)
 
 
 def fit_patterns(config: SparseConfig, model: Model) -> PatternFile | None:

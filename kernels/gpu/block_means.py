@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..block_indices import BLOCK
 from . import launch
-from .launch import DTYPES, Config, Target, kernel
+from .launch import DTYPES, Config, Target, kernel, unspecialized
 
 WARPS, STAGES = 4, 2
 
@@ -26,7 +26,7 @@ def unit(page: int) -> int | None:
     return BLOCK if page % BLOCK == 0 else None
 
 
-@triton.jit
+@triton.jit(**unspecialized(("num_slots", "num_heads"), ("slot_mapping",)))
 def _sum_pages(
     k_cache,  # [pages, Hkv, PAGE, D]
     sums,  # [pages * PAGE / UNIT, Hkv, D]
@@ -61,7 +61,7 @@ def _sum_pages(
     tl.store(sums + at, total.to(sums.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
+@triton.jit(**unspecialized(("seq_len", "num_blocks"), ("table", "heads")))
 def _block_means(
     source,  # the cache, or sums
     table,  # i32 [P]

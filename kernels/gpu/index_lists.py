@@ -10,13 +10,20 @@ import triton.language as tl
 
 from ..block_indices import BlockIndices
 from . import launch
-from .launch import Config, Target, kernel
+from .launch import Config, Target, kernel, unspecialized
 
 CHUNK = 256
 WARPS, STAGES = 4, 2
 
 
-@triton.jit
+@triton.jit(
+    **unspecialized(
+        numbers=(
+            "row0", "num_rows", "num_heads", "num_blocks", "width", "column_tile", "column_head",
+        ),
+        pointers=("mask", "columns", "last_keys", "offsets", "blocks", "column_list"),
+    )
+)  # fmt: skip
 def _index_lists(
     mask,  # u8 [T, H, nb]
     columns,  # i32 [T, H, M]

@@ -88,6 +88,20 @@ def options(num_warps: int, num_stages: int) -> dict[str, Any]:
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
+def unspecialized(
+    numbers: tuple[str, ...] = (), pointers: tuple[str, ...] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Keyword arguments of `triton.jit`: arguments whose values compile no code of their own.
+
+    Triton compiles anew for a number that is 1 or a multiple of 16, and for an address that is
+    not. What changes from step to step must not, or the first long prompt waits for a compiler.
+    """
+    return {
+        "do_not_specialize": numbers,
+        "do_not_specialize_on_alignment": pointers,
+    }
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A Triton function and its configurations on a target."""

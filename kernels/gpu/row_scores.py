@@ -15,10 +15,17 @@ import triton.language as tl
 from .. import reference
 from ..block_indices import BLOCK
 from . import launch
-from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel
+from .launch import DTYPES, HEAD_SIZES, Config, Target, kernel, unspecialized
 
 ROWS = 64
 WARPS, STAGES = 4, 2
+COUNTS = unspecialized(
+    numbers=("seq_len", "num_rows", "blocks_each", "num_columns"),
+    pointers=(
+        "table", "positions", "heads", "tops", "sums", "lse", "base_from", "blocks", "squares",
+        "worth", "columns", "column_mass",
+    ),
+)  # fmt: skip
 PROGRAMS = 1024  # that the keys are split over, all heads together
 
 
@@ -43,7 +50,7 @@ def _logits(
     return tl.dot(q_tile, k, input_precision="ieee") * scale
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _row_sums(
     q,  # [R, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
@@ -95,7 +102,7 @@ def _row_sums(
     tl.store(sums + at, total)
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _block_scores(
     q,
     k_cache,
@@ -162,7 +169,7 @@ def _block_scores(
             tl.store(worth + number.to(tl.int64) * seq_len + key, value, mask=key < seq_len)
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _column_scores(
     q,
     k_cache,
@@ -221,26 +228,16 @@ _COMMON = {
 _FP32 = "*fp32"
 
 
-def _configs(more: dict[str, str], **constants: object) -> Iterator[Config]:
-    for dtype in SERVING_DTYPES:
-        for head_size in HEAD_SIZES:
-            if dtype is not torch.bfloat16 and head_size != 128:
-                continue
-            name = DTYPES[dtype]
-            signature = _COMMON | more | {"q": f"*{name}", "k_cache": f"*{name}"}
-            yield Config(
-                f"{name}-d{head_size}",
-                {**_shape(head_size, 4, 16), **constants},
-                WARPS,
-                STAGES,
-                signature,
-                serving=True,
-                aligned=frozenset(
-                    k
-                    for k, v in signature.items()
-                    if k in ("q", "k_cache") or (v == "i64" and k != "heads")
-                ),
-            )
+def _configs(more: dict[str, str], use: str = "", **constants: object) -> Iterator[Config]:
+    # float16 compiles to the same code but for the types.
+    for head_size in HEAD_SIZES:
+        name = DTYPES[torch.bfloat16]
+        signature = _COMMON | more | {"q": f"*{name}", "k_cache": f"*{name}"}
+        aligned = {"q", "k_cache", *(k for k, v in signature.items() if v == "i64")}
+        yield Config(
+            f"{name}-d{head_size}{use}", {**_shape(head_size, 4, 16), **constants}, WARPS, STAGES,
+            signature, serving=True, aligned=frozenset(aligned),
+        )  # fmt: skip
 
 
 def _shape(head_size: int, group: int, page: int) -> dict[str, int]:
@@ -260,7 +257,11 @@ def _row_sums_configs(target: Target) -> Iterator[Config]:
 @kernel(_block_scores)
 def _block_scores_configs(target: Target) -> Iterator[Config]:
     more = {"lse": _FP32, "base_from": "*i64", "blocks": _FP32, "squares": _FP32, "worth": _FP32}
-    yield from _configs(more | {"blocks_each": "i32"}, SQUARES=False, WORTH=1, BASE=True)
+    more |= {"blocks_each": "i32"}
+    # As the planner's probe, its samples and its last rows ask.
+    yield from _configs(more, "-probe", SQUARES=True, WORTH=0, BASE=False)
+    yield from _configs(more, "-sample", SQUARES=False, WORTH=1, BASE=True)
+    yield from _configs(more, "-last", SQUARES=False, WORTH=2, BASE=True)
 
 
 @kernel(_column_scores)
