@@ -12,6 +12,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS.parent / "examples"))
 sys.path.insert(0, str(TESTS / "helpers"))
+sys.path.insert(0, str(TESTS / "planner"))  # known_heads
 
 try:
     installed = importlib.util.find_spec("vllm_sparse.kernels") is not None

@@ -25,7 +25,8 @@ VLLM_FILES = {
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "compat", "cpu_platform", "log", "backend", "metadata", "impl", "metrics",
-        "check", "linear", "models", "cpu_offload.connector", "cpu_offload.kv_spec",
+        "cuda_backend", "cuda_metadata", "cuda_impl", "check", "linear", "models",
+        "cpu_offload.connector", "cpu_offload.kv_spec",
     )
 }  # fmt: skip
 RAY_FILES = {"vllm_sparse.cpu_offload.actor", "vllm_sparse.cpu_offload.pool"}
@@ -34,6 +35,7 @@ SERVING = tuple(
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "cpu_platform", "compat", "log", "config", "backend", "metadata", "impl",
+        "cuda_backend", "cuda_metadata", "cuda_impl", "cuda_runtime",
         "metrics", "cpu_offload", "search", "linear", "models", "report", "check", "cli",
     )
 )  # fmt: skip

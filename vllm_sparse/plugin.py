@@ -4,6 +4,7 @@ from __future__ import annotations
 
 BACKEND = "SPARSE"
 BACKEND_PATH = "vllm_sparse.backend.SparseAttentionBackend"
+CUDA_BACKEND_PATH = "vllm_sparse.cuda_backend.SparseCudaBackend"
 
 
 def register() -> None:
@@ -17,10 +18,14 @@ def register() -> None:
 
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() or current_platform.is_cuda():
         from . import cpu_platform
 
-        cpu_platform.install(type(current_platform))
+        if current_platform.is_cpu():
+            cpu_platform.install(type(current_platform))
+        else:
+            # vLLM's CUDA platform selects by name, and needs no more than its settings checked.
+            cpu_platform.watch_config(type(current_platform))
 
 
 def sparse_member():
@@ -30,9 +35,12 @@ def sparse_member():
     a spawned engine core before that process has loaded any plugin, and an enum pickles by value:
     the process would die with "... is not a valid AttentionBackendEnum". vLLM on CPU always spawns.
     """
+    from vllm.platforms import current_platform
+
     from . import compat
 
-    member = compat.backend_member(BACKEND, BACKEND_PATH)
+    path = CUDA_BACKEND_PATH if current_platform.is_cuda() else BACKEND_PATH
+    member = compat.backend_member(BACKEND, path)
     # On the instance, as pickle, cloudpickle and deepcopy look there first: vLLM's own members
     # keep their way of pickling, which a reducer for the whole enum class would change.
     member.__reduce_ex__ = _reduce

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +15,15 @@ from .kernels import cpu
 from .patterns import ADAPTIVE, HeadPattern, PatternFile
 from .planner.break_even import NEVER
 from .planner.break_even import break_even as measure_break_even
+from .stats import STATS
 
 logger = log.get_logger(__name__)
+
+FLAGGED = (
+    "Softmax unified: the logits of a row left the window of phi. It was computed again with the "
+    "online softmax, as every such row is, and counted (softmax_flagged). If they are many, measure "
+    "phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
+)
 
 
 @dataclass(frozen=True)
@@ -87,21 +95,27 @@ def start(
             dtype, head_size, num_heads, num_kv_heads, threads, chunk=chunk
         )
         source = "measured"
+    kernels = f"{cpu.isa()} x {threads} thread{'' if threads == 1 else 's'}"
+    say_active(logger, config, break_even, source, kernels)
+    return Runtime(break_even, pattern_file, unified=config.softmax == "unified")
+
+
+def say_active(
+    logger: logging.Logger, config: SparseConfig, break_even: int, source: str, kernels: str
+) -> None:
+    """The start-up line."""
     logger.info(
         "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "
-        "decode %s, softmax %s, kernels %s x %d thread%s%s",
+        "decode %s, softmax %s, kernels %s%s",
         config.coverage,
         "never" if break_even >= NEVER else f"{break_even} tokens",
         source,
         config.patterns or "adaptive",
         config.decode,
         config.softmax,
-        cpu.isa(),
-        threads,
-        "" if threads == 1 else "s",
+        kernels,
         f", dense layers {list(config.dense_layers)}" if config.dense_layers else "",
     )
-    return Runtime(break_even, pattern_file, unified=config.softmax == "unified")
 
 
 def fit_patterns(config: SparseConfig, model: Model) -> PatternFile | None:
@@ -141,14 +155,12 @@ def fit_phi(config: SparseConfig, model: Model, pattern_file: PatternFile | None
         )
 
 
-@functools.cache
-def say_flagged() -> None:
-    """Log, once in a process, that rows left the window of phi."""
-    logger.warning(
-        "Softmax unified: the logits of a row left the window of phi. It was computed again with "
-        "the online softmax, as every such row is, and counted (softmax_flagged). If they are "
-        "many, measure phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
-    )
+def count_flagged(flagged: torch.Tensor) -> None:
+    """Move what the decode kernels counted into STATS, and say once if it is not nothing."""
+    if count := int(flagged):
+        STATS.softmax_flagged += count
+        flagged.zero_()
+        log.once(logger, logging.WARNING, FLAGGED)
 
 
 @functools.cache

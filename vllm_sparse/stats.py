@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 PERIOD_S = 10.0  # least time between two lines
@@ -74,7 +75,15 @@ class Stats:
 class Reporter:
     """Logs what came since its last line, once prefill has made way for decoding."""
 
-    def __init__(self, stats: Stats, logger: logging.Logger, clock=time.monotonic) -> None:
+    def __init__(
+        self,
+        stats: Stats,
+        logger: logging.Logger,
+        clock=time.monotonic,
+        settle: Sequence[Callable[[], None]] = (),
+    ) -> None:
+        """`settle`: what brings the stats up to date before a line, where that costs a wait."""
+        self.settle = settle
         self.stats = stats
         self.logger = logger
         self.clock = clock
@@ -88,6 +97,8 @@ class Reporter:
         now = self.clock()
         if self.last is not None and now - self.last < PERIOD_S:
             return
+        for settle in self.settle:
+            settle()
         self.logger.info("%s", self.stats.since(self.reported).line())
         self.reported, self.last = replace(self.stats), now
 

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 # Files with Triton kernels, each of which fills its part of the table.
-MODULES = ("pack_tiles", "prefill_tile", "split_decode", "write_kv")
+MODULES = (
+    "block_means",
+    "index_lists",
+    "pack_tiles",
+    "prefill_tile",
+    "row_scores",
+    "split_decode",
+    "write_kv",
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,20 @@ def options(num_warps: int, num_stages: int) -> dict[str, Any]:
     """Keyword arguments of a launch or a compilation, beside the constants."""
     # Multiply-adds round once, which Triton 3.10 will not do unless told to.
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+def unspecialized(
+    numbers: tuple[str, ...] = (), pointers: tuple[str, ...] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Keyword arguments of `triton.jit`: arguments whose values compile no code of their own.
+
+    Triton compiles anew for a number that is 1 or a multiple of 16, and for an address that is
+    not. What changes from step to step must not, or the first long prompt waits for a compiler.
+    """
+    return {
+        "do_not_specialize": numbers,
+        "do_not_specialize_on_alignment": pointers,
+    }
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,19 @@ from collections.abc import Iterator
 import triton
 import triton.language as tl
 
-from .launch import Config, Target, kernel
+from .launch import Config, Target, kernel, unspecialized
 
 CHUNK = 128  # list entries handled at once
 WARPS = 4
+# Numbers and addresses that differ from step to step compile no code of their own.
+COUNTS = unspecialized(
+    numbers=("window", "num_seqs", "num_heads", "num_squares", "num_programs"),
+    pointers=(
+        "block_offsets", "blocks", "column_offsets", "columns", "clean_blocks", "clean_columns",
+        "tile_offsets", "pair_offsets", "seq_lens", "query_start_loc", "records", "counts",
+        "offsets", "entries", "merged_columns",
+    ),
+)  # fmt: skip
 
 
 @triton.jit
@@ -63,7 +72,7 @@ def _sequence_of(x, offsets, num_seqs):
     return found
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _clean_lists(
     block_offsets,  # i32 [tiles * heads + 1]
     blocks,
@@ -170,7 +179,7 @@ def _bounds(offsets, row, there):
     )
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _count_tiles(
     pair_offsets,  # i32 [S + 1], first two tiles of each sequence, counted in twos
     tile_offsets,  # i32 [S + 1]
@@ -276,7 +285,7 @@ def _count_tiles(
         tl.store(count_at + 2 * num_squares, num_columns, mask=chosen)
 
 
-@triton.jit
+@triton.jit(**COUNTS)
 def _fill_tiles(
     records,
     offsets,  # i32 [2, programs], where each program's entries and columns begin

@@ -32,6 +32,15 @@ class Workspace:
         self._floats: torch.Tensor | None = None
         self._arrivals: torch.Tensor | None = None
 
+    def reserve(self, head_size: int, device: torch.device) -> None:
+        """Room for every batch of up to 65,536 (sequence, KV head, 64 rows), before a capture.
+
+        Where there are splits, there are fewer than 16 times the slots of them.
+        """
+        rows = split_decode.MAX_ROWS if head_size <= 128 else split_decode.MAX_ROWS // 2
+        most = 16 * max(_slots(device, warps) for warps in PROGRAMS_EACH_SM)
+        self.take(most * rows * (triton.next_power_of_2(head_size) + 2), 1 << 16, device)
+
     def take(self, floats: int, places: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         if self._floats is None or self._floats.numel() < floats or self._floats.device != device:
             self._floats = torch.empty(floats, device=device)
@@ -42,6 +51,12 @@ class Workspace:
         ):
             self._arrivals = torch.zeros(places, dtype=torch.int32, device=device)
         return self._floats, self._arrivals
+
+
+@cache
+def shared_workspace(device: torch.device) -> Workspace:
+    """The workspace of all layers of a process: they run after another."""
+    return Workspace()
 
 
 @triton.jit

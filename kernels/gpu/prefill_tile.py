@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel
+from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel, unspecialized
 
 HALF = 64  # rows of each half; `block_indices.TILE`
 ROWS = 2 * HALF
@@ -67,7 +67,15 @@ def _entry(i, entries, first, plain_from, plain, count, DENSE: tl.constexpr):
     return tl.load(entries + i, mask=i < count, other=0)
 
 
-@triton.jit
+@triton.jit(
+    **unspecialized(
+        numbers=("window", "table_row", "num_heads"),
+        pointers=(
+            "lse", "sinks", "block_table", "query_start_loc", "seq_lens", "records",
+            "entry_offsets", "entries", "column_offsets", "columns",
+        ),
+    )
+)  # fmt: skip
 def _sparse_prefill(
     q,  # [T, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
@@ -294,9 +302,5 @@ def configs(target: Target) -> Iterator[Config]:
                     stages,
                     signature,
                     serving=True,
-                    aligned=frozenset(
-                        name
-                        for name, type_ in signature.items()
-                        if type_.startswith("*") or name in STRIDES
-                    ),
+                    aligned=frozenset(("q", "k_cache", "v_cache", "out", *STRIDES)),
                 )  # fmt: skip

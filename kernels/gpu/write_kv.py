@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .launch import DTYPES, Config, Target, kernel
+from .launch import DTYPES, Config, Target, kernel, unspecialized
 
 WARPS, STAGES = 4, 2
 
 
-@triton.jit
+@triton.jit(**unspecialized(("num_heads",), ("slot_mapping",)))
 def _write_kv(
     key,  # [T, Hkv, D]
     value,

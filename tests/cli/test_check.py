@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -204,3 +205,27 @@ def test_bench_runs_by_name_and_lists_names():
     wrong = vllm_sparse("bench", "nosuch")
     assert wrong.returncode == 2 and "ttft" in wrong.stderr
     assert "--lengths" in vllm_sparse("bench", "ttft", "--help").stdout
+
+
+@pytest.mark.parametrize(
+    "platform, state, says",
+    [
+        (SimpleNamespace(device_type="cpu"), check.OK, "on the CPU"),
+        (
+            SimpleNamespace(device_type="cuda", is_cuda=lambda: True),
+            check.WARNING,
+            "have not been run on a GPU yet",
+        ),
+        (
+            SimpleNamespace(device_type="cuda", is_cuda=lambda: False),  # ROCm says cuda, too
+            check.PROBLEM,
+            "vLLM runs on 'cuda'",
+        ),
+        (SimpleNamespace(device_type="xpu"), check.PROBLEM, "vLLM runs on 'xpu'"),
+    ],
+)
+def test_the_platform_is_told_as_it_is(monkeypatch, platform, state, says):
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    monkeypatch.setattr(check, "vllm_distribution", lambda: ("vllm", "0.32.0"))
+    finding = check.check_platform()
+    assert finding.state == state and says in finding.detail

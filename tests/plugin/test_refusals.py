@@ -104,15 +104,16 @@ def test_other_backends_are_selected_as_before():
     assert select(None) == AttentionBackendEnum.CPU_ATTN.get_path()
 
 
-def test_gpus_are_refused(monkeypatch):
+def test_other_platforms_are_refused(monkeypatch):
     from vllm_sparse import backend
 
-    monkeypatch.setattr(backend, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    other = SimpleNamespace(is_cpu=lambda: False, device_type="xpu")
+    monkeypatch.setattr(backend, "current_platform", other)
     reasons = backend.SparseAttentionBackend.validate_configuration(
         device_capability=(9, 0), **SUPPORTED._asdict()
     )
     assert len(reasons) == 1
-    assert "runs on CPU builds of vLLM in this version, GPUs are planned" in reasons[0]
+    assert "vLLM runs on 'xpu'; beside CPUs it has NVIDIA GPUs only" in reasons[0]
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,14 @@ class Chunk:
 
     def dense_cost(self, tiles: int) -> float:
         """Keys that each of the first `tiles` tiles reads on average when dense."""
-        return float((self.last_key[:tiles] + 1).double().mean()) if tiles else 0.0
+        ends = (min(self.start + (t + 1) * TILE, self.seq_len) for t in range(tiles))
+        return sum(ends) / tiles if tiles else 0.0
+
+    def base_cost(self, tiles: int) -> float:
+        """Keys of base blocks that each of the first `tiles` tiles reads on average."""
+        last = (min(self.start + (t + 1) * TILE, self.seq_len) - 1 for t in range(tiles))
+        # Block 0, and the last two where they are others.
+        return sum(min(key // BLOCK, 2) + 1 for key in last) / tiles * BLOCK
 
 
 @dataclass
@@ -132,8 +139,12 @@ class Selection:
         return index_lists(self.blocks, self.columns, self.chunk.last_key)
 
 
-def columns_ascending(positions: torch.Tensor, keep: torch.Tensor, unused: int) -> torch.Tensor:
+def columns_ascending(
+    positions: torch.Tensor, keep: torch.Tensor, unused: int, *, cut: bool = True
+) -> torch.Tensor:
     """Positions [h, M] where `keep` holds, ascending, then -1; cut to the longest row."""
     order = positions.masked_fill(~keep, unused).sort(-1).values
     order = order.masked_fill(order == unused, -1)
+    if not cut:
+        return order
     return order[:, : int(keep.sum(-1).max())] if keep.numel() else order[:, :0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from vllm_sparse.kernels import block_means
@@ -15,7 +17,12 @@ LEVELS = 32
 SMALLEST, LARGEST = 0.02, 40.0
 
 
-def pooled_queries(chunk: Chunk, queries: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+def pooled_queries(
+    chunk: Chunk,
+    queries: torch.Tensor,
+    heads: torch.Tensor,
+    block_means: Callable[..., torch.Tensor] = block_means,
+) -> torch.Tensor:
     """Mean query of each tile: [Tq, H, D] -> fp32 [h, T, D] of `heads`."""
     whole = chunk.query_len // TILE
     tiles = queries[: whole * TILE].unflatten(0, (whole, TILE)).transpose(1, 2)

@@ -64,13 +64,13 @@ def break_even(
     machine = f"{processor()}, {cpu.isa()}, {threads} threads"
     shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}"
     key = f"{machine}, {shape}, {__version__}"
-    known = _read(cache).get(key)
-    if isinstance(known, int) and not isinstance(known, bool) and 0 <= known <= NEVER:
-        return known
+    found = known(cache, key)
+    if found is not None:
+        return found
     tokens = crossing(
         list(measure(dtype, head_size, num_heads, num_kv_heads, threads, budget, chunk))
     )
-    _write(cache, key, tokens)
+    keep(cache, key, tokens)
     return tokens
 
 
@@ -139,17 +139,24 @@ def _timed(run: Callable[[], object], threads: int) -> float:
     return clock() - begin
 
 
-def _paths(
-    dtype: torch.dtype, head_size: int, heads: int, kv_heads: int, length: int, chunk: int
-) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The sparse and the dense path over the last `chunk` of `length` tokens.
+def problem(
+    dtype: torch.dtype,
+    head_size: int,
+    heads: int,
+    kv_heads: int,
+    length: int,
+    chunk: int,
+    page: int = PAGE,
+) -> tuple[torch.Tensor, ...]:
+    """(q, k_cache, v_cache, block table, query starts, lengths): the last `chunk` of `length`
+    tokens.
 
     Three heads of four rest on a sink and on near tokens, as most heads of a trained model do.
     The fourth attends keys all over the place: it is planned in vain, which the others must pay.
     """
     rng = torch.Generator().manual_seed(length)
-    pages = -(-length // PAGE)
-    position = torch.arange(pages * PAGE, dtype=torch.float64)[:, None]
+    pages = -(-length // page)
+    position = torch.arange(pages * page, dtype=torch.float64)[:, None]
     # Pairs that turn once in 8 to 8192 tokens give a logit that falls by 3 for each doubling of
     # the distance; the last pair of dimensions is left to the sink.
     pairs = head_size // 2 - 1
@@ -166,14 +173,25 @@ def _paths(
     scattered = q[:, 3::4]
     scattered.copy_(torch.randn(scattered.shape, generator=rng, dtype=torch.float32) * 4)
     q = q.to(dtype)
-    k_cache = keys.view(pages, 1, PAGE, head_size).expand(-1, kv_heads, -1, -1)
+    k_cache = keys.view(pages, 1, page, head_size).expand(-1, kv_heads, -1, -1)
     k_cache = k_cache.to(dtype).contiguous()
     v_cache = torch.randn(k_cache.shape, generator=rng).to(dtype)
-    where = (
+    return (
+        q,
+        k_cache,
+        v_cache,
         torch.arange(pages, dtype=torch.int32)[None],
         torch.tensor([0, len(q)], dtype=torch.int32),
         torch.tensor([length], dtype=torch.int32),
     )
+
+
+def _paths(
+    dtype: torch.dtype, head_size: int, heads: int, kv_heads: int, length: int, chunk: int
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The sparse and the dense path over a `problem`."""
+    q, k_cache, v_cache, *where = problem(dtype, head_size, heads, kv_heads, length, chunk)
+    scale = head_size**-0.5
 
     def dense() -> object:
         return sparse_prefill(q, k_cache, v_cache, *where, None, scale=scale)
@@ -205,6 +223,13 @@ def cache_file() -> Path:
     return root / "vllm-sparse" / "break_even.json"
 
 
+def known(path: Path, key: str) -> int | None:
+    """The break-even kept under a key, or None."""
+    value = _read(path).get(key)
+    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= NEVER
+    return value if usable else None
+
+
 def _read(path: Path) -> dict[str, object]:
     """What the cache file holds; nothing where it cannot be read or is not ours."""
     try:
@@ -219,7 +244,7 @@ def _read(path: Path) -> dict[str, object]:
     return data if isinstance(data, dict) else {}
 
 
-def _write(path: Path, key: str, tokens: int) -> None:
+def keep(path: Path, key: str, tokens: int) -> None:
     """Add a result; whole or not at all, and no error where the folder cannot be written."""
     temporary = None
     try:

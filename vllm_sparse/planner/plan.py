@@ -42,12 +42,18 @@ def plan_prefill(
         scale: factor on the logits.
         coverage: share of attention mass that heads without fixed budgets cover; 1: everything.
     """
-    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()  # waits, where on a GPU
     query_lens = [end - begin for begin, end in pairwise(starts)]
     if len(patterns) != q.shape[1]:
         raise ValueError(f"patterns: got {len(patterns)} for {q.shape[1]} heads; give one for each")
     if not 0.0 <= coverage <= 1.0:
         raise ValueError(f"coverage: got {coverage}; allowed: 0 to 1")
+    if not q.is_cpu:
+        from .device import plan_on_device
+
+        return plan_on_device(
+            q, k_cache, block_table, query_lens, lengths, patterns, scale=scale, coverage=coverage
+        )
     if coverage == 1.0:
         return BlockIndices.everything(query_lens, lengths, q.shape[1], q.device)
     parts = []

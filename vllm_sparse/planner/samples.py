@@ -101,7 +101,7 @@ class Samples:
     @cached_property
     def base_cost(self) -> float:
         """Keys of base blocks that a tile reads on average."""
-        return float(self.chunk.base[: self.body].sum(-1).double().mean()) * BLOCK
+        return self.chunk.base_cost(self.body)
 
     @cached_property
     def offset_cost(self) -> torch.Tensor:

@@ -140,13 +140,19 @@ def columns(chunk: Chunk, samples_columns: torch.Tensor, keep: torch.Tensor) -> 
 
 
 def fixed(
-    chunk: Chunk, mass: torch.Tensor, vertical: torch.Tensor, slash: torch.Tensor
+    chunk: Chunk,
+    mass: torch.Tensor,
+    vertical: torch.Tensor,
+    slash: torch.Tensor,
+    *,
+    most: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The heaviest columns and diagonals of the chunk's last rows, by fixed counts.
 
     Args:
         mass: [h, R, n], causal attention of the chunk's last R rows.
         vertical, slash: int64 [h], how many of each.
+        most: at least the largest of `vertical`, where the caller knows it without asking a GPU.
 
     Returns:
         blocks bool [T, h, nb], columns int64 [h, M] ascending and -1 after the last.
@@ -154,8 +160,9 @@ def fixed(
     _, rows, n = mass.shape
     order = mass.sum(1).sort(-1, descending=True).indices
     count = torch.arange(n, device=mass.device)
-    width = int(vertical.max().clamp(max=n))
-    position = columns_ascending(order[:, :width], count[:width] < vertical[:, None], n)
+    width = min(int(vertical.max()) if most is None else most, n)
+    keep = count[:width] < vertical[:, None]
+    position = columns_ascending(order[:, :width], keep, n, cut=most is None)
 
     # Row r stands at n - R + r: shifted right by R - 1 - r, its diagonal of distance d ends up at
     # n - 1 - d. Laid out in rows of n + R and read back in rows of n + R - 1, every row moves one

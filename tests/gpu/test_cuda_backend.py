@@ -1,0 +1,277 @@
+"""The CUDA backend: how vLLM's CUDA platform selects it, and its steps on the CPU.
+
+No GPU is here: the platform is told that its capability is 9.0, the kernels are interpreted, and
+reference attention stands in for vLLM's own, which does not run without a GPU.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from gpu_cases import HAS_GPU
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+from vllm.v1.attention.selector import AttentionSelectorConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime, plugin
+from vllm_sparse.cuda_backend import SparseCudaBackend
+from vllm_sparse.kernels import reference
+from vllm_sparse.stats import STATS
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
+
+NAME = "model.layers.0.self_attn.attn"
+HEADS, KV_HEADS, SIZE, PAGE, PAGES = 2, 1, 64, 16, 120
+
+
+@pytest.fixture
+def select(monkeypatch):
+    """Path of the class that vLLM's CUDA platform selects."""
+    # vLLM's CUDA platform imports its compiled ops, which a CPU build has not.
+    for name in ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    from vllm.platforms.cuda import CudaPlatformBase
+
+    plugin.register()
+    member = AttentionBackendEnum["SPARSE"]
+    monkeypatch.setattr(type(member), "get_class", lambda self: SparseCudaBackend)
+    capability = [9, 0]
+    monkeypatch.setattr(
+        CudaPlatformBase, "get_device_capability",
+        classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
+    )  # fmt: skip
+
+    def run(at: tuple[int, int] = (9, 0), **change) -> str:
+        capability[:] = at
+        config = AttentionSelectorConfig(
+            head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
+        )
+        return CudaPlatformBase.get_attn_backend_cls(member, config._replace(**change), num_heads=4)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"dtype": torch.float16},
+        {"has_sink": True},
+        {"has_sliding_window": True},
+        {"use_kv_connector": True},
+        {"block_size": 64},
+        {"at": (8, 0)},
+    ],
+    ids=str,
+)
+def test_the_cuda_platform_selects_it(select, change):
+    fields = AttentionSelectorConfig._fields
+    if missing := set(change) - {*fields, "at"}:
+        pytest.skip(f"this vLLM's selection knows no {missing}")
+    assert select(**change) == plugin.CUDA_BACKEND_PATH
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"use_mla": True}, "MLA not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+        ({"use_mm_prefix": True}, "multimodal"),
+        ({"head_size": 72}, "head_size not supported"),
+        ({"dtype": torch.float32}, "dtype not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"at": (7, 5)}, "compute capability not supported"),
+    ],
+    ids=str,
+)
+def test_the_cuda_platform_is_refused_what_it_cannot_run(select, change, says):
+    with pytest.raises(ValueError, match=says):
+        select(**change)
+
+
+def test_on_cuda_the_member_leads_to_the_cuda_backend(monkeypatch):
+    from vllm_sparse import compat
+
+    asked = []
+    monkeypatch.setattr(compat, "backend_member", lambda *a: asked.append(a) or SimpleNamespace())
+    monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True, raising=False)
+    plugin.sparse_member()
+    assert asked == [("SPARSE", plugin.CUDA_BACKEND_PATH)]
+
+
+def test_what_graphs_may_hold_is_declared():
+    builder = SparseCudaBackend.get_builder_cls()
+    assert builder._cudagraph_support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+class Layer:
+    """One layer of the CUDA backend on the CPU, step by step."""
+
+    def __init__(self, model: str, monkeypatch, **settings) -> None:
+        self.config = EngineArgs(
+            model=model, skip_tokenizer_init=True, dtype="float16", block_size=PAGE,
+            max_num_batched_tokens=4096, additional_config={"sparse": settings},
+        ).create_engine_config()  # fmt: skip
+        self.calls: list[tuple[int, int]] = []  # (rows, sequences) of each call of vLLM's own
+        # Functions, as a bound method would not be given the impl.
+        monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *a: self._dense(*a))
+        monkeypatch.setattr(TritonAttentionImpl, "do_kv_cache_update", lambda *a: self._write(*a))
+        cuda_runtime.start.cache_clear()
+        monkeypatch.setattr(
+            cuda_impl, "start",
+            lambda *a, **k: cuda_runtime.start(*a, **k, device=torch.device("cpu")),
+        )  # fmt: skip
+        monkeypatch.setattr(cuda_runtime.device_break_even, "warm_up", lambda *a, **k: None)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float16)
+        try:
+            with set_current_vllm_config(self.config):
+                self.impl = cuda_impl.SparseCudaImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
+                layers = {NAME: SimpleNamespace(impl=self.impl)}
+                monkeypatch.setattr(
+                    cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers
+                )
+                spec = FullAttentionSpec(
+                    block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float16
+                )
+                self.builder = cuda_metadata.SparseCudaMetadataBuilder(
+                    spec, [NAME], self.config, torch.device("cpu")
+                )
+        finally:
+            torch.set_default_dtype(before)
+        monkeypatch.setattr(cuda_impl, "get_tensor_model_parallel_rank", lambda: 0)
+        self.cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan, dtype=torch.float16)
+
+    def _dense(self, impl, layer, query, key, value, cache, metadata, output, *scales):
+        m = metadata
+        rows = slice(0, m.num_actual_tokens)
+        self.calls.append((m.num_actual_tokens, len(m.seq_lens)))
+        assert m.max_query_len == int((m.query_start_loc[1:] - m.query_start_loc[:-1]).max())
+        reference.sparse_prefill(
+            query[rows], cache[..., :SIZE], cache[..., SIZE:], m.block_table, m.query_start_loc,
+            m.seq_lens, None, scale=impl.scale, out=output[rows],
+        )  # fmt: skip
+        return output
+
+    def _write(self, impl, layer, key, value, cache, slots):
+        reference.write_kv(key, value, cache[..., :SIZE], cache[..., SIZE:], slots)
+
+    def step(self, rows: list[tuple[int, int]], prompts=None, seed: int = 0):
+        """(computed, new) tokens of each sequence, whose pages follow each other."""
+        generator = torch.Generator().manual_seed(seed)
+        new = [n for _, n in rows]
+        total = torch.tensor([a + b for a, b in rows], dtype=torch.int32)
+        starts = torch.tensor([0, *new]).cumsum(0).int()
+        each = PAGES // len(rows)
+        table = torch.arange(each * len(rows), dtype=torch.int32).view(len(rows), each)
+        slots = torch.cat(
+            [i * each * PAGE + torch.arange(a, a + n) for i, (a, n) in enumerate(rows)]
+        )
+        for i, (computed, _) in enumerate(rows):
+            old = torch.randn(computed, 2 * SIZE, generator=generator).half()
+            position = torch.arange(computed)
+            self.cache[table[i, position // PAGE].long(), 0, position % PAGE] = old
+            k = self.cache[..., :SIZE]
+            self.impl._keep_sums(k) if self.impl.sums is None else None
+            self.impl.sums.update(k, i * each * PAGE + position)
+        tokens = sum(new)
+        query = torch.randn(tokens + 3, HEADS, SIZE, generator=generator).half()
+        key, value = torch.randn(2, tokens, KV_HEADS, SIZE, generator=generator).half()
+        common = CommonAttentionMetadata(
+            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=total,
+            num_reqs=len(rows), num_actual_tokens=tokens, max_query_len=max(new),
+            max_seq_len=int(total.max()), block_table_tensor=table, slot_mapping=slots,
+            is_prefilling=torch.tensor([n > 1 for n in new] if prompts is None else prompts),
+        )  # fmt: skip
+        metadata = self.builder.build(0, common)
+        out = torch.full_like(query, torch.nan)
+        named = SimpleNamespace(layer_name=NAME)
+        self.impl.do_kv_cache_update(named, key, value, self.cache, slots)
+        self.impl.forward(named, query, key, value, self.cache, metadata, out)
+        want, _ = reference.sparse_prefill(
+            query[:tokens], self.cache[..., :SIZE], self.cache[..., SIZE:], table, starts, total,
+            None, scale=SIZE**-0.5,
+        )  # fmt: skip
+        return out[:tokens], want, metadata
+
+
+@pytest.fixture
+def layer(llama, monkeypatch):
+    return lambda **settings: Layer(llama, monkeypatch, **settings)
+
+
+def test_a_mixed_step_is_cut_where_dense_and_sparse_meet(layer):
+    made = layer(coverage=1.0, break_even=200)
+    before = STATS.sparse_chunks, STATS.dense_chunks, STATS.decode_rows
+    # Two decodes, a short prompt, a long chunk, a short one, speculated tokens of a long one.
+    rows = [(300, 1), (7, 1), (0, 70), (180, 66), (0, 5), (250, 3)]
+    prompts = [False, False, True, True, True, False]
+    out, want, metadata = made.step(rows, prompts)
+    torch.testing.assert_close(out, want, rtol=4e-3, atol=4e-3)
+    assert [(s.sparse, s.decodes, len(s.seq_lens)) for s in metadata.segments] == [
+        (False, True, 2), (False, False, 1), (True, False, 1), (False, False, 2),
+    ]  # fmt: skip
+    assert made.calls == [(2, 2), (70, 1), (8, 2)]
+    after = STATS.sparse_chunks, STATS.dense_chunks, STATS.decode_rows
+    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 3, 2]
+    read, causal = STATS.keys_read, STATS.keys_causal
+    made.impl.counters.settle()
+    # Everything was selected: what was read is what causality leaves.
+    assert STATS.keys_read - read == STATS.keys_causal - causal == HEADS * (244 + 246)
+
+
+def test_a_long_chunk_is_planned_and_read_sparsely(layer):
+    made = layer(coverage=0.5, break_even=0)
+    out, want, metadata = made.step([(700, 130)])
+    assert made.calls == [] and metadata.segments[0].sparse
+    assert not torch.equal(out, want) and out.isfinite().all()
+    assert (out - want).abs().max() < 1.0
+    read, causal = STATS.keys_read, STATS.keys_causal
+    made.impl.counters.settle()
+    assert 0 < STATS.keys_read - read < STATS.keys_causal - causal
+
+
+@pytest.mark.parametrize("rows", [[(50, 1), (3, 1)], [(0, 90)]], ids=["decode", "short"])
+def test_steps_that_are_not_long_are_vllms_whole(layer, rows):
+    made = layer(break_even=1000)
+    out, want, metadata = made.step(rows)
+    assert metadata.segments is None and made.calls == [(sum(n for _, n in rows), len(rows))]
+    torch.testing.assert_close(out, want)
+
+
+def test_dense_layers_are_vllms_whole(layer):
+    made = layer(break_even=0, dense_layers=[0])
+    out, want, _ = made.step([(100, 90)])
+    assert made.calls == [(90, 1)]
+    torch.testing.assert_close(out, want)
+
+
+def test_memory_for_planning_is_shown_while_vllm_measures(layer):
+    made = layer(break_even=0)
+    out = torch.full((4, HEADS, SIZE), torch.nan)
+    made.impl.forward(None, out, None, None, torch.zeros(0), None, out)
+    assert (out == 0).all()
+    short = cuda_runtime.workspace_bytes(8192, 32768, 32, 128)
+    assert 2**25 < short < cuda_runtime.workspace_bytes(8192, 131072, 32, 128) < 2**30
+
+
+@pytest.mark.parametrize(
+    "special, says",
+    [
+        ({"alibi_slopes": [0.5] * HEADS}, "ALiBi"),
+        ({"logits_soft_cap": 50.0}, "a logits soft cap of 50.0"),
+        ({"kv_sharing_target_layer_name": "model.layers.1.attn"}, "KV shared with layer"),
+        ({"chunk_lookback": 3}, "chunk_lookback = 3"),
+    ],
+)
+def test_layers_are_refused_by_their_own_features(special, says):
+    with pytest.raises(ValueError, match=says):
+        cuda_impl.SparseCudaImpl(HEADS, SIZE, 0.125, KV_HEADS, **special)

@@ -1,0 +1,275 @@
+"""forward() on a GPU: long chunks of prompts and decode to our kernels, all else to vLLM's own."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
+from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+from . import log
+from .config import SparseConfig
+from .cuda_metadata import GpuSegment, SparseCudaMetadata
+from .cuda_runtime import Counters, start, workspace_bytes
+from .impl import layer_index, refuse_special
+from .kernels.gpu.block_means import PageSums, unit
+from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace
+from .kernels.gpu.sparse_prefill import sparse_prefill
+from .planner.device import plan_on_device
+from .runtime import Model
+from .stats import STATS
+
+logger = log.get_logger(__name__)
+
+# Memory that keeping sums of pages must leave free: they are not part of what vLLM counts.
+SPARE_BYTES = 2 << 30
+
+
+def vllm_dense(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    indices: None,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """vLLM's Triton attention, which dense chunks go to; one sequence, the caches as ours."""
+    out = torch.empty_like(q)
+    longest = block_table.shape[1] * k_cache.shape[2]
+    unified_attention(
+        q=q, k=k_cache.transpose(1, 2), v=v_cache.transpose(1, 2), out=out,
+        cu_seqlens_q=query_start_loc, max_seqlen_q=q.shape[0], seqused_k=seq_lens,
+        max_seqlen_k=longest, softmax_scale=scale, causal=True, window_size=(-1, -1),
+        block_table=block_table, softcap=0, q_descale=None, k_descale=None, v_descale=None,
+    )  # fmt: skip
+    return out
+
+
+class SparseCudaImpl(TritonAttentionImpl):
+    """Attention of one layer.
+
+    Raises:
+        ValueError: for a kind of attention that only the layer itself tells of (ALiBi, logits
+            soft cap, KV shared between layers, ...).
+    """
+
+    supports_dcp = False
+    supports_pcp = False
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **special,
+    ) -> None:
+        refuse_special(
+            alibi_slopes=alibi_slopes,
+            logits_soft_cap=logits_soft_cap,
+            attn_type=attn_type,
+            kv_sharing_target_layer_name=kv_sharing_target_layer_name,
+            # What stands for "none" here.
+            **{k: v for k, v in special.items() if v not in (None, False, -1)},
+        )
+        num_kv_heads = num_kv_heads or num_heads
+        super().__init__(
+            num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
+            kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name, sinks,
+        )  # fmt: skip
+        vllm_config = get_current_vllm_config()
+        self.config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        scheduler = vllm_config.scheduler_config
+        self.chunk = scheduler.max_num_batched_tokens
+        self.longest = vllm_config.model_config.max_model_len
+        # A window of a few thousand tokens leaves little to leave out.
+        self.always_dense = sliding_window is not None
+        self.break_even = 0
+        self.counters: Counters | None = None
+        self.patterns: tuple | None = None
+        self.sums: PageSums | None = None
+        self.window = sliding_window
+        self.workspace: Workspace | None = None
+        self.phi: torch.Tensor | None = None
+        # Pages that another process fills come with no sums.
+        self.keeps_sums = vllm_config.kv_transfer_config is None
+        if self.always_dense:
+            STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
+            return
+        self.runtime = start(
+            self.config,
+            Model.of(vllm_config),
+            dtype=torch.get_default_dtype(),
+            head_size=head_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            chunk=self.chunk,
+            page=vllm_config.cache_config.block_size or 16,
+            dense=vllm_dense,
+        )
+        self.break_even = self.runtime.break_even
+        self.counters = self.runtime.counters
+
+    def fused_output_quant_supported(self, quant_key) -> bool:
+        return False
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        """Write a step's keys and values; vLLM calls it before forward. A graph can hold it."""
+        super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
+        if self.keeps_sums and not self.always_dense and kv_cache.numel():
+            k_cache = kv_cache[..., : self.head_size]
+            if self.sums is None:
+                self._keep_sums(k_cache)
+            if self.sums is not None:
+                self.sums.update(k_cache, slot_mapping)
+
+    def _keep_sums(self, k_cache: torch.Tensor) -> None:
+        """Make room for the sums of pages, or say once that there is none."""
+        pages, heads, page, size = k_cache.shape
+        self.keeps_sums = unit(page) is not None
+        if not self.keeps_sums:
+            return
+        need = pages * page // unit(page) * heads * size * k_cache.element_size()
+        if k_cache.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                self.keeps_sums = False  # a graph's memory is its own
+                return
+            self.keeps_sums = torch.cuda.mem_get_info(k_cache.device)[0] > need + SPARE_BYTES
+        if self.keeps_sums:
+            self.sums = PageSums(k_cache)
+        else:
+            log.once(
+                logger,
+                logging.WARNING,
+                "No GPU memory is left to keep mean keys of pages: planning reads the keys "
+                "instead. Lower --gpu-memory-utilization to leave some.",
+            )
+            STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SparseCudaMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Write `output` [T, H, D]; query is [T, H, D], kv_cache [num_pages, Hkv, page, 2 D].
+
+        key and value were written by do_kv_cache_update.
+        """
+        if self.workspace is None:
+            self._prepare(layer.layer_name, query.device)
+        if attn_metadata is None:  # vLLM measures memory: show it what planning will take
+            if not self.always_dense:
+                need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
+                torch.empty(need, dtype=torch.uint8, device=query.device)
+            return output.fill_(0)
+        segments = attn_metadata.segments
+        if segments is None and attn_metadata.max_query_len == 1:
+            tokens = attn_metadata.num_actual_tokens
+            self._decode(attn_metadata, query[:tokens], kv_cache, output[:tokens])
+            return output
+        if segments is None or self.always_dense:
+            return super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
+                output_block_scale,
+            )  # fmt: skip
+        for segment in segments:
+            rows = slice(segment.begin, segment.end)
+            if segment.decodes:
+                self._decode(segment.metadata, query[rows], kv_cache, output[rows])
+            elif segment.sparse:
+                self._sparse(segment, query[rows], kv_cache, output[rows])
+            else:
+                super().forward(
+                    layer, query[rows], key[rows], value[rows], kv_cache, segment.metadata,
+                    output[rows],
+                )  # fmt: skip
+        return output
+
+    def _decode(
+        self,
+        metadata: TritonAttentionMetadata,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        # Layers with a window have no phi: they are not looked at in calibration.
+        softmax = self.config.softmax
+        paged_decode(
+            query,
+            kv_cache[..., : self.head_size],
+            kv_cache[..., self.head_size :],
+            metadata.block_table,
+            metadata.seq_lens,
+            scale=self.scale,
+            out=out.view_as(query),
+            softmax="online" if softmax == "unified" and self.phi is None else softmax,
+            phi=self.phi,
+            flagged=None if self.phi is None else self.runtime.flagged,
+            query_start_loc=metadata.query_start_loc,
+            window=self.window,
+            sinks=self.sinks,
+            workspace=self.workspace,
+        )
+
+    def _sparse(
+        self, segment: GpuSegment, query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        k_cache = kv_cache[..., : self.head_size]
+        v_cache = kv_cache[..., self.head_size :]
+        where = segment.metadata
+        with self.counters.timed() as planned:
+            indices = plan_on_device(
+                query,
+                k_cache,
+                where.block_table,
+                segment.query_lens,
+                segment.seq_lens,
+                self.patterns,
+                scale=self.scale,
+                coverage=self.config.coverage,
+                means=None if self.sums is None else self.sums.means,
+            )
+            planned()
+            sparse_prefill(
+                query, k_cache, v_cache, where.block_table, where.query_start_loc, where.seq_lens,
+                indices, scale=self.scale, sinks=self.sinks, out=out.view_as(query),
+            )  # fmt: skip
+        self.counters.add(indices, segment)
+
+    def _prepare(self, layer_name: str, device: torch.device) -> None:
+        """What a captured graph must find: patterns, phi, and room for decode."""
+        self.workspace = shared_workspace(device)
+        self.workspace.reserve(self.head_size, device)
+        if self.window is None:
+            self._find_patterns(layer_name)
+
+    def _find_patterns(self, layer_name: str) -> None:
+        index = layer_index(layer_name)
+        first_head = get_tensor_model_parallel_rank() * self.num_heads
+        self.patterns = self.runtime.patterns(index, first_head, self.num_heads)
+        phi = self.runtime.phi(index, first_head, self.num_heads)
+        self.phi = None if phi is None else phi.to(self.runtime.flagged.device)
+        self.always_dense = index in self.config.dense_layers or all(
+            p.kind == "dense" for p in self.patterns
+        )

@@ -1,0 +1,153 @@
+"""vLLM's metadata of a step on a GPU, cut where dense and sparse sequences meet."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends.triton_attn import (
+    TritonAttentionMetadata,
+    TritonAttentionMetadataBuilder,
+)
+
+from . import log
+from .kernels.block_indices import TILE
+from .stats import STATS, Reporter
+
+logger = log.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GpuSegment:
+    """Adjacent sequences of a step that one call attends. Tensors are the device's."""
+
+    begin: int  # first row of the batch's queries
+    end: int
+    query_lens: list[int]  # [S]
+    seq_lens: list[int]  # [S], new tokens included
+    metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
+    decodes: bool  # one row each
+    sparse: bool  # False: vLLM's own kernels attend
+
+    @property
+    def causal_keys(self) -> int:
+        """Keys that dense attention reads, in keys x query tiles (of one head)."""
+        return sum(
+            min(n - m + end, n)
+            for m, n in zip(self.query_lens, self.seq_lens, strict=True)
+            for end in range(TILE, m + TILE, TILE)
+        )
+
+
+@dataclass
+class SparseCudaMetadata(TritonAttentionMetadata):
+    """vLLM's, and how the step is cut where some of it is sparse (None: all of it is vLLM's)."""
+
+    segments: list[GpuSegment] | None = None
+
+
+class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
+    """Adds the segments to vLLM's metadata, and counts the step."""
+
+    # A batch of single rows is all vLLM's Triton kernels, which a graph can hold. Where prompts
+    # are read, what is launched depends on lengths: piecewise graphs leave attention out.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
+
+    def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        impls = [layers[name].impl for name in layer_names]
+        self.break_even = impls[0].break_even
+        # Layers with a window are vLLM's throughout.
+        self.all_dense = all(impl.always_dense for impl in impls)
+        ours = [
+            name
+            for name, layer in layers.items()
+            if hasattr(getattr(layer, "impl", None), "break_even") and not layer.impl.always_dense
+        ]
+        # Of several KV cache groups one counts the step.
+        self.counts = bool(ours) and ours[0] in layer_names
+        counters = [impl.counters for impl in impls if impl.counters is not None]
+        self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> SparseCudaMetadata:
+        """The step's SparseCudaMetadata. vLLM 0.27 passes the arguments by name."""
+        common = common_attn_metadata
+        whole = super().build(common_prefix_len, common, fast_build)
+        fields = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
+        starts = common.query_start_loc_cpu.tolist()
+        query_lens = [b - a for a, b in itertools.pairwise(starts)]
+        while query_lens and query_lens[-1] == 0:  # padding
+            query_lens.pop()
+        num_seqs = len(query_lens)
+        prompts = common.is_prefilling
+        prompts = [True] * num_seqs if prompts is None else prompts.tolist()
+        sparse = [False] * num_seqs
+        seq_lens: list[int] = []
+        if not self.all_dense and common.max_query_len > 1:
+            seq_lens = host_lengths(common)[:num_seqs]
+            sparse = [
+                n > 1 and prompts[i] and seq_lens[i] >= self.break_even
+                for i, n in enumerate(query_lens)
+            ]
+        if self.counts:
+            self._count(query_lens, sparse)
+        if not any(sparse):
+            return SparseCudaMetadata(**fields)
+        decodes = [n == 1 for n in query_lens]
+        kinds = list(zip(sparse, decodes, strict=True))
+        cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
+        segments = [
+            self._segment(whole, starts, query_lens, seq_lens, a, b, *kinds[a])
+            for a, b in itertools.pairwise([0, *cuts, num_seqs])
+        ]
+        return SparseCudaMetadata(**fields, segments=segments)
+
+    def _segment(
+        self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes
+    ) -> GpuSegment:
+        begin, end = starts[first], starts[last]
+        lengths = seq_lens[first:last]
+        part = replace(
+            whole,
+            num_actual_tokens=end - begin,
+            max_query_len=max(query_lens[first:last]),
+            query_start_loc=whole.query_start_loc[first : last + 1] - begin,
+            max_seq_len=max(lengths),
+            seq_lens=whole.seq_lens[first:last],
+            block_table=whole.block_table[first:last],
+            slot_mapping=whole.slot_mapping[begin:end],
+        )
+        return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+
+    def _count(self, query_lens: list[int], sparse: list[bool]) -> None:
+        chunks = [n for n in query_lens if n > 1]
+        self.reporter.step(decode_only=not chunks)
+        STATS.decode_rows += len(query_lens) - len(chunks)
+        STATS.prefill_tokens += sum(chunks)
+        STATS.sparse_chunks += sum(sparse)
+        STATS.dense_chunks += len(chunks) - sum(sparse)
+
+
+def host_lengths(common: CommonAttentionMetadata) -> list[int]:
+    """Keys of each sequence. Exact for those that read a prompt: what vLLM may not know yet on the
+    host is how many speculated tokens of a decoding sequence were taken."""
+    known = getattr(common, "seq_lens_cpu_upper_bound", None)
+    if known is None:  # a wait for the device, once a step and before its first layer
+        known = common.seq_lens.cpu()
+    return known.tolist()
+
+
+__all__ = ["GpuSegment", "SparseCudaMetadata", "SparseCudaMetadataBuilder", "host_lengths"]

@@ -1,0 +1,130 @@
+"""What a worker process on a GPU settles once, and what it counts without waiting for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import log
+from .config import SparseConfig
+from .kernels import BlockIndices
+from .kernels.block_indices import BLOCK, TILE
+from .planner import device_break_even
+from .runtime import Model, Runtime, count_flagged, fit_patterns, fit_phi, say_active
+from .stats import STATS
+
+logger = log.get_logger(__name__)
+
+PLAN_BYTES = 32  # for each tile, head and block: scores, levels, masks and lists at their largest
+KEY_BYTES = 16  # for each head and key: what a key is worth as a column, and its order
+MOST_TIMERS = 4096
+
+
+def workspace_bytes(chunk: int, longest: int, heads: int, head_size: int) -> int:
+    """Memory that planning a chunk of the longest context takes for a while, in bytes.
+
+    An estimate from the tensors that are made; it has not been compared with a GPU's count.
+    """
+    blocks = -(-longest // BLOCK)
+    tiles = -(-chunk // TILE)
+    return heads * (tiles * blocks * PLAN_BYTES + longest * KEY_BYTES + blocks * head_size * 8)
+
+
+class Counters:
+    """Keys read and seconds taken, on the device until somebody asks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.read = torch.zeros((), dtype=torch.int64, device=device)
+        self.flagged = torch.zeros(1, dtype=torch.int64, device=device)
+        self.causal = 0
+        self.timers: list[tuple[Any, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[Callable[[], None]]:
+        """Times what is launched inside; the callable marks where planning ends."""
+        if not self.on_gpu or len(self.timers) >= MOST_TIMERS:
+            yield lambda: None
+            return
+        events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(3))
+        events[0].record()
+        yield events[1].record
+        events[2].record()
+        self.timers.append(events)
+
+    def add(self, indices: BlockIndices, segment: Any) -> None:
+        """Count what a call read, at the granularity of `BlockIndices.selected_keys`."""
+        # Every list holds the block of its tile's last row, of which the rows see but a part.
+        unseen = sum(
+            BLOCK - 1 - (min(n - m + end, n) - 1) % BLOCK
+            for m, n in zip(segment.query_lens, segment.seq_lens, strict=True)
+            for end in range(TILE, m + TILE, TILE)
+        )
+        self.read += indices.block_offsets[-1].long() * BLOCK + indices.column_offsets[-1]
+        self.read -= unseen * indices.num_heads
+        self.causal += segment.causal_keys * indices.num_heads
+
+    def settle(self) -> None:
+        """Move what is counted into STATS; waits for the device."""
+        STATS.keys_read += int(self.read)
+        self.read.zero_()
+        count_flagged(self.flagged)
+        STATS.keys_causal += self.causal
+        self.causal = 0
+        for begin, planned, end in self.timers:
+            end.synchronize()
+            STATS.index_seconds += begin.elapsed_time(planned) / 1e3
+            STATS.attention_seconds += planned.elapsed_time(end) / 1e3
+        self.timers.clear()
+
+
+@dataclass(frozen=True)
+class GpuRuntime(Runtime):
+    counters: Counters = field(kw_only=True)
+
+
+@functools.cache
+def start(
+    config: SparseConfig,
+    model: Model,
+    *,
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    chunk: int,
+    page: int,
+    dense: device_break_even.Dense,
+    device: torch.device | None = None,
+) -> GpuRuntime:
+    """The GpuRuntime for layers of one shape; heads are this rank's, `chunk` is the most tokens of
+    a step, `dense` is what runs below the break-even. Compiles what serving will launch, and logs
+    the start-up line.
+
+    Raises:
+        ValueError: settings that do not fit the model.
+    """
+    device = device or torch.device("cuda", torch.cuda.current_device())
+    pattern_file = fit_patterns(config, model)
+    fit_phi(config, model, pattern_file)
+    shape = (dtype, head_size, num_heads, num_kv_heads)
+    device_break_even.warm_up(*shape, page=page, device=device)
+    break_even, source = config.break_even, "given"
+    if break_even is None:
+        break_even = device_break_even.break_even(*shape, chunk, page, device, dense)
+        source = "measured"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
+    say_active(logger, config, break_even, source, f"Triton on {name}")
+    counters = Counters(device)
+    return GpuRuntime(
+        break_even,
+        pattern_file,
+        unified=config.softmax == "unified",
+        flagged=counters.flagged,
+        counters=counters,
+    )

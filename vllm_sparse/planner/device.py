@@ -1,0 +1,251 @@
+"""Planning on a GPU: the selection that `plan` makes, and nothing of it on the host.
+
+What the CPU's planner saves by looking only at the heads that still need it would cost a GPU a wait
+for the answer each time. Here every step is taken for all heads, and which of the results count is
+decided by masks. The scores, means and lists are Triton kernels; what is between them is torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from vllm_sparse.kernels import BlockIndices
+from vllm_sparse.kernels.block_indices import TILE
+from vllm_sparse.kernels.gpu.block_means import block_means
+from vllm_sparse.kernels.gpu.index_lists import index_lists_of, upload
+from vllm_sparse.kernels.gpu.row_scores import row_scores
+from vllm_sparse.patterns import HeadPattern
+
+from . import a_shape, adaptive, block_sparse, last_rows, vertical_slash
+from .base import MAX_COST, Chunk, columns_ascending
+from .samples import MAX_ROWS, MIN_ROWS, ROWS_EACH, sample_rows
+from .scores import Keys
+
+SHORT_BLOCKS = 8  # as in `plan`
+LAST_ROWS = 64  # as in `plan`
+
+# Mean keys [Hkv, nb, D] of a sequence's blocks: block table row, length -> means.
+Means = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+# Columns that heads [h] read in all tiles of a range: int32 or int64 [h, M], -1 for none.
+Columns = tuple[torch.Tensor, torch.Tensor]
+
+
+class DeviceKeys(Keys):
+    """Keys whose questions the GPU's kernels answer."""
+
+    means: Means | None = None
+
+    def score(self, queries, positions, heads, **wanted):
+        where = (self.cache, self.table, positions, heads, self.length)
+        return row_scores(queries, *where, scale=self.scale, **wanted)
+
+    def block_means(self, kv_heads: torch.Tensor) -> torch.Tensor:
+        # Of all heads once, as telling which are wanted would take a look at the device.
+        every = torch.arange(self.heads, device=kv_heads.device)
+        if self.means is None:
+            return block_means(self.cache, self.table, self.length, every)[kv_heads]
+        return self.means(self.table, self.length, every)[kv_heads]
+
+
+def plan_on_device(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_lens: Sequence[int],
+    seq_lens: Sequence[int],
+    patterns: Sequence[HeadPattern],
+    *,
+    scale: float,
+    coverage: float,
+    means: Means | None = None,
+) -> BlockIndices:
+    """See `plan_prefill`, which has the same meaning; the lengths are the host's here.
+
+    Args:
+        means: mean keys of blocks where they are kept (`PageSums.means`); None: from the keys.
+    """
+    parts, tiles, begin = [], [], 0
+    for s, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
+        chunk = Chunk(query_len, seq_len, q.device)
+        tiles.append(chunk.tiles)
+        if coverage == 1.0 or query_len == 0 or chunk.blocks <= SHORT_BLOCKS:
+            every = chunk.causal[:, None].expand(-1, q.shape[1], -1)
+            parts.append((every, None, chunk.last_key))
+        else:
+            keys = DeviceKeys(k_cache, block_table[s], seq_len, scale)
+            object.__setattr__(keys, "means", means)  # Keys is frozen
+            queries = q[begin : begin + query_len]
+            parts += _plan_chunk(chunk, queries, keys, tuple(patterns), coverage)
+        begin += query_len
+    return index_lists_of(parts, tiles)
+
+
+@functools.lru_cache(maxsize=512)
+def _on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A constant of the host; made once, as all layers and steps ask for the same few."""
+    return upload(torch.tensor(values, dtype=dtype), device)
+
+
+@functools.lru_cache(maxsize=512)
+def _request(
+    patterns: tuple[HeadPattern, ...], heads: tuple[int, ...], coverage: float, device: torch.device
+) -> adaptive.Request:
+    request = adaptive.Request.of(
+        list(heads), [patterns[i] for i in heads], coverage, torch.device("cpu")
+    )
+    fields = (request.heads, request.coverage, request.kinds)
+    return adaptive.Request(*(upload(x, device) for x in fields))
+
+
+def _plan_chunk(
+    chunk: Chunk,
+    queries: torch.Tensor,
+    keys: DeviceKeys,
+    patterns: tuple[HeadPattern, ...],
+    coverage: float,
+) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
+    """One sequence's parts for `index_lists_of`: blocks, columns, last keys of ranges of tiles."""
+    shape = (chunk.tiles, len(patterns), chunk.blocks)
+    blocks = torch.zeros(shape, dtype=torch.bool, device=chunk.device)
+    # The body's tiles, which read the same columns, then those of the chunk's last rows.
+    body = max(chunk.query_len - TILE, 0) // TILE
+    columns: list[list[Columns]] = [[] for _ in range(chunk.tiles - body + 1)]
+
+    def heads_of(keep: Callable[[HeadPattern], bool]) -> tuple[tuple[int, ...], torch.Tensor]:
+        heads = tuple(i for i, p in enumerate(patterns) if keep(p))
+        return heads, _on_device(heads, torch.int64, chunk.device)
+
+    def numbers(heads: tuple[int, ...], field: str) -> torch.Tensor:
+        values = tuple(getattr(patterns[i], field) for i in heads)
+        return _on_device(values, torch.int64, chunk.device)
+
+    def is_dense(p: HeadPattern) -> bool:
+        return not p.fixed and (p.kind == "dense" or (p.coverage or coverage) == 1.0)
+
+    heads, index = heads_of(is_dense)
+    if heads:
+        blocks[:, index] = chunk.causal[:, None].expand(-1, len(heads), -1)
+    heads, index = heads_of(lambda p: p.fixed and p.kind == "a_shape")
+    if heads:
+        blocks[:, index] = a_shape.fixed(chunk, numbers(heads, "sink"), numbers(heads, "window"))
+    heads, index = heads_of(lambda p: p.fixed and p.kind == "block_sparse")
+    if heads:
+        score = _pooled_scores(chunk, queries, keys, index)
+        blocks[:, index] = block_sparse.fixed(chunk, score, numbers(heads, "blocks"))
+    group = len(patterns) // keys.heads
+    vertical = [i for i, p in enumerate(patterns) if p.fixed and p.kind == "vertical_slash"]
+    for kv in sorted({i // group for i in vertical}):
+        heads = tuple(i for i in vertical if i // group == kv)
+        index = _on_device(heads, torch.int64, chunk.device)
+        first = max(chunk.query_len - LAST_ROWS, 0)
+        rows = torch.arange(first, chunk.query_len, device=chunk.device)
+        mass = keys.attention(queries[first:, index], chunk.start + rows, kv).transpose(0, 1)
+        counts = numbers(heads, "vertical"), numbers(heads, "slash")
+        most = max(patterns[i].vertical for i in heads)
+        blocks[:, index], position = vertical_slash.fixed(chunk, mass, *counts, most=most)
+        for part in columns:
+            part.append((index, position))
+    heads, index = heads_of(lambda p: not p.fixed and not is_dense(p))
+    if heads:
+        request = _request(patterns, heads, coverage, chunk.device)
+        _adaptive(chunk, request, queries, keys, blocks, columns)
+
+    ranges = [slice(0, body), *(slice(t, t + 1) for t in range(body, chunk.tiles))]
+    return [
+        (
+            blocks[tiles],
+            _joined(part, len(patterns), tiles.stop - tiles.start),
+            chunk.last_key[tiles],
+        )
+        for tiles, part in zip(ranges, columns, strict=True)
+    ]
+
+
+def _joined(parts: list[Columns], heads: int, tiles: int) -> torch.Tensor | None:
+    """Columns of all heads in a range of tiles that read the same: int32 [T, H, M]."""
+    if not parts:
+        return None
+    width = max(position.shape[1] for _, position in parts)
+    joined = torch.full((heads, width), -1, dtype=torch.int32, device=parts[0][0].device)
+    for index, position in parts:
+        joined[index, : position.shape[1]] = position.to(torch.int32)
+    return joined.expand(tiles, -1, -1)
+
+
+def _pooled_scores(
+    chunk: Chunk, queries: torch.Tensor, keys: DeviceKeys, heads: torch.Tensor
+) -> torch.Tensor:
+    group = queries.shape[1] // keys.heads
+    pooled_q = block_sparse.pooled_queries(chunk, queries, heads, block_means)
+    return block_sparse.scores(chunk, pooled_q, keys.block_means(heads // group), keys.scale)
+
+
+def _adaptive(
+    chunk: Chunk,
+    request: adaptive.Request,
+    queries: torch.Tensor,
+    keys: DeviceKeys,
+    blocks: torch.Tensor,
+    columns: list[list[Columns]],
+) -> None:
+    """`adaptive.plan` for all heads of the request at once, into blocks and columns."""
+    heads, coverage, kinds = request.heads, request.coverage, request.kinds
+    body_rows = (chunk.tiles - 1) * TILE
+    count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS) if body_rows else 0
+    sample = sample_rows(body_rows, count, chunk.device)
+    measured = adaptive.measure(chunk, request, queries, keys, sample)
+    dense = ~measured.finite
+    if body_rows:
+        dense = dense | adaptive.probe(chunk, request, queries, keys, body_rows)
+        samples = measured.samples
+        a_cost, offset = a_shape.candidate(chunk, samples, coverage)
+        a_cost = a_cost.masked_fill(~kinds[:, 0], torch.inf)
+        # The candidates that the CPU's planner would not look for do not compete here either.
+        v_cost, diagonals, keep = vertical_slash.candidate(chunk, samples, coverage)
+        looked = (a_cost > adaptive.NARROW * samples.base_cost) & kinds[:, 1]
+        v_cost = v_cost.masked_fill(~looked, torch.inf)
+        dense_cost = chunk.dense_cost(samples.body)
+        score = _pooled_scores(chunk, queries, keys, heads)
+        b_cost, tile_blocks = block_sparse.candidate(chunk, samples, score, coverage)
+        looked = (torch.minimum(a_cost, v_cost) > adaptive.GOOD * dense_cost) & kinds[:, 2]
+        b_cost = b_cost.masked_fill(~looked, torch.inf)
+        least, kind = torch.stack([a_cost, v_cost, b_cost], 1).min(1)
+        dense = dense | ~(least < MAX_COST * dense_cost)
+        chosen = torch.where(
+            (kind == 0)[:, None], a_shape.mask(chunk, offset), vertical_slash.mask(chunk, diagonals)
+        )
+        chosen = torch.where((kind == 2)[:, None], tile_blocks.transpose(0, 1), chosen)
+        single = keep & ((kind == 1) & ~dense)[:, None]
+        position = columns_ascending(samples.columns, single, chunk.seq_len, cut=False)
+    else:
+        chosen = chunk.causal[:, None].expand(-1, len(heads), -1)
+        position = torch.zeros_like(heads)[:, None] - 1
+    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
+    columns[0].append((heads, position))
+
+    # The last rows: as `adaptive.finish`.
+    first = chunk.query_len - len(measured.rows)
+    body = first // TILE
+    for tile in range(body, chunk.tiles):
+        rows = slice(max(tile * TILE - first, 0), (tile + 1) * TILE - first)
+        wanted, single = last_rows.select(
+            measured.blocks[:, rows],
+            chunk.base[tile] & chunk.causal[tile],
+            measured.columns,
+            measured.column_mass[:, rows],
+            coverage,
+        )
+        single = single & ~dense[:, None]
+        mine = columns_ascending(measured.columns, single, chunk.seq_len, cut=False)
+        if tile < chunk.tiles - 1:
+            wanted = wanted | chosen[tile]
+            mine = torch.cat([position, mine], 1).sort(1).values
+            repeated = torch.zeros_like(mine, dtype=torch.bool)
+            repeated[:, 1:] = mine[:, 1:] == mine[:, :-1]
+            mine = mine.masked_fill(repeated, -1)
+        chosen[tile] = torch.where(dense[:, None], chunk.causal[tile], wanted)
+        columns[tile - body + 1].append((heads, mine))
+    blocks[:, heads] = chosen

@@ -1,0 +1,130 @@
+"""From which context length on sparse prefill pays on this GPU; see `break_even`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from vllm_sparse import __version__
+from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
+from vllm_sparse.patterns import ADAPTIVE
+
+from . import break_even as cpu_break_even
+from .break_even import WORTH, cache_file, crossing, problem
+from .device import plan_on_device
+
+Dense = Callable[..., object]
+
+LENGTHS = (4096, 8192, 16384, 32768, 65536)
+WARM_UP = 1024  # tokens: more than a plan takes for short
+
+
+def warm_up(
+    dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, *, page: int,
+    device: torch.device, length: int = WARM_UP,
+) -> None:  # fmt: skip
+    """Compile every kernel in the form that layers of this shape will launch it in."""
+    shape = (dtype, head_size, num_heads, num_kv_heads)
+    paths(*shape, length, length // 2 + 1, page, device, sparse_prefill)[0]()
+
+
+def break_even(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    chunk: int,
+    page: int,
+    device: torch.device,
+    dense: Dense,
+    *,
+    budget: float = 2.0,
+    cache: Path | None = None,
+) -> int:
+    """Tokens of context from which sparse prefill is worth it; NEVER where it never is.
+
+    Args:
+        dense: what runs below it, as `reference.sparse_prefill` without indices.
+    """
+    cache = cache_file() if cache is None else cache
+    name = torch.cuda.get_device_name(device)
+    shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}, page {page}"
+    key = f"{name}, {shape}, {__version__}"
+    known = cpu_break_even.known(cache, key)
+    if known is not None:
+        return known
+    shape = (dtype, head_size, num_heads, num_kv_heads)
+    tokens = crossing(list(measure(*shape, chunk, page, device, dense, budget)))
+    cpu_break_even.keep(cache, key, tokens)
+    return tokens
+
+
+def measure(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    chunk: int,
+    page: int,
+    device: torch.device,
+    dense: Dense,
+    budget: float,
+) -> Iterator[tuple[int, float]]:
+    """(context length, sparse time / what is worth it), until one is below 1 or time is up."""
+    begin = time.perf_counter()
+    spent = 0.0
+    for length in LENGTHS:
+        now = time.perf_counter()
+        if now - begin + 4 * spent > budget:
+            return
+        shape = (dtype, head_size, num_heads, num_kv_heads)
+        sparse, other = paths(*shape, length, chunk, page, device, dense)
+        sparse(), other()
+        times = [(_timed(sparse), _timed(other)) for _ in range(3)]
+        ratio = min(s for s, _ in times) / (WORTH * min(d for _, d in times))
+        yield length, ratio
+        if ratio < 1:
+            return
+        spent = time.perf_counter() - now
+
+
+def paths(
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    length: int,
+    chunk: int,
+    page: int,
+    device: torch.device,
+    dense: Dense,
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """The sparse and the dense path over the last `chunk` of `length` tokens."""
+    made = problem(dtype, head_size, num_heads, num_kv_heads, length, chunk, page)
+    q, k_cache, v_cache, *where = (x.to(device) for x in made)
+    both = torch.cat([k_cache, v_cache], -1)
+    caches = both.chunk(2, -1)
+    rows, scale = q.shape[0], head_size**-0.5
+
+    def other() -> object:
+        return dense(q, *caches, *where, None, scale=scale)
+
+    def sparse() -> object:
+        indices = plan_on_device(
+            q, caches[0], where[0], [rows], [length], (ADAPTIVE,) * num_heads, scale=scale,
+            coverage=0.95,
+        )  # fmt: skip
+        return sparse_prefill(q, *caches, *where, indices, scale=scale)
+
+    return sparse, other
+
+
+def _timed(run: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return time.perf_counter() - begin
