@@ -21,8 +21,8 @@ logger = log.get_logger(__name__)
 
 FLAGGED = (
     "Softmax unified: the logits of a row left the window of phi. It was computed again with the "
-    "online softmax, as every such row is, and counted (softmax_flagged). If they are many, measure "
-    "phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
+    "online softmax, as every such row is, and counted (softmax_flagged). If they are many, "
+    "measure phi on prompts like yours: vllm-sparse calibrate MODEL -o FILE"
 )
 
 

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime, plugin
 from vllm_sparse.cuda_backend import SparseCudaBackend
 from vllm_sparse.kernels import reference
+from vllm_sparse.patterns import PatternFile
 from vllm_sparse.stats import STATS
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
@@ -219,7 +220,7 @@ def test_a_mixed_step_is_cut_where_dense_and_sparse_meet(layer):
     assert [(s.sparse, s.decodes, len(s.seq_lens)) for s in metadata.segments] == [
         (False, True, 2), (False, False, 1), (True, False, 1), (False, False, 2),
     ]  # fmt: skip
-    assert made.calls == [(2, 2), (70, 1), (8, 2)]
+    assert made.calls == [(70, 1), (8, 2)]  # decodes are ours
     after = STATS.sparse_chunks, STATS.dense_chunks, STATS.decode_rows
     assert [b - a for a, b in zip(before, after, strict=True)] == [1, 3, 2]
     read, causal = STATS.keys_read, STATS.keys_causal
@@ -239,12 +240,36 @@ def test_a_long_chunk_is_planned_and_read_sparsely(layer):
     assert 0 < STATS.keys_read - read < STATS.keys_causal - causal
 
 
-@pytest.mark.parametrize("rows", [[(50, 1), (3, 1)], [(0, 90)]], ids=["decode", "short"])
-def test_steps_that_are_not_long_are_vllms_whole(layer, rows):
+def test_steps_that_are_not_long_are_vllms_whole(layer):
     made = layer(break_even=1000)
-    out, want, metadata = made.step(rows)
-    assert metadata.segments is None and made.calls == [(sum(n for _, n in rows), len(rows))]
+    out, want, metadata = made.step([(0, 90)])
+    assert metadata.segments is None and made.calls == [(90, 1)]
     torch.testing.assert_close(out, want)
+
+
+def phi_file(path, phi: float) -> str:
+    model = {"name": "m", "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 64}
+    PatternFile(model=model, phi={i: [phi] * 4 for i in range(4)}).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("softmax", ["online", "lazy", "unified"])
+def test_a_step_of_decodes_is_ours(layer, softmax, tmp_path):
+    phi = {"patterns": phi_file(tmp_path / "phi.json", 0.0)} if softmax == "unified" else {}
+    made = layer(break_even=1000, softmax=softmax, **phi)
+    out, want, metadata = made.step([(50, 1), (3, 1)])
+    assert metadata.segments is None and made.calls == []
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+
+
+def test_rows_that_leave_phi_are_counted_when_the_counters_are_settled(layer, tmp_path):
+    path = phi_file(tmp_path / "phi.json", 1e5)
+    made = layer(break_even=1000, softmax="unified", patterns=path)
+    before = STATS.softmax_flagged
+    out, want, _ = made.step([(50, 1), (3, 1)])
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+    made.impl.counters.settle()
+    assert STATS.softmax_flagged - before == 2 * HEADS
 
 
 def test_dense_layers_are_vllms_whole(layer):
@@ -257,7 +282,8 @@ def test_dense_layers_are_vllms_whole(layer):
 def test_memory_for_planning_is_shown_while_vllm_measures(layer):
     made = layer(break_even=0)
     out = torch.full((4, HEADS, SIZE), torch.nan)
-    made.impl.forward(None, out, None, None, torch.zeros(0), None, out)
+    named = SimpleNamespace(layer_name=NAME)
+    made.impl.forward(named, out, None, None, torch.zeros(0), None, out)
     assert (out == 0).all()
     short = cuda_runtime.workspace_bytes(8192, 32768, 32, 128)
     assert 2**25 < short < cuda_runtime.workspace_bytes(8192, 131072, 32, 128) < 2**30
