@@ -255,7 +255,7 @@ class SparseCudaImpl(TritonAttentionImpl):
                 query, k_cache, v_cache, where.block_table, where.query_start_loc, where.seq_lens,
                 indices, scale=self.scale, sinks=self.sinks, out=out.view_as(query),
             )  # fmt: skip
-        self.counters.add(indices, segment)
+        self.counters.add(indices, segment.query_lens, segment.seq_lens)
 
     def _prepare(self, layer_name: str, device: torch.device) -> None:
         """What a captured graph must find: patterns, phi, and room for decode."""

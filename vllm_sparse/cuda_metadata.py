@@ -15,7 +15,6 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
-from .kernels.block_indices import TILE
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -32,15 +31,6 @@ class GpuSegment:
     metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
     decodes: bool  # one row each
     sparse: bool  # False: vLLM's own kernels attend
-
-    @property
-    def causal_keys(self) -> int:
-        """Keys that dense attention reads, in keys x query tiles (of one head)."""
-        return sum(
-            min(n - m + end, n)
-            for m, n in zip(self.query_lens, self.seq_lens, strict=True)
-            for end in range(TILE, m + TILE, TILE)
-        )
 
 
 @dataclass

@@ -57,17 +57,18 @@ class Counters:
         events[2].record()
         self.timers.append(events)
 
-    def add(self, indices: BlockIndices, segment: Any) -> None:
+    def add(self, indices: BlockIndices, query_lens: list[int], seq_lens: list[int]) -> None:
         """Count what a call read, at the granularity of `BlockIndices.selected_keys`."""
-        # Every list holds the block of its tile's last row, of which the rows see but a part.
-        unseen = sum(
-            BLOCK - 1 - (min(n - m + end, n) - 1) % BLOCK
-            for m, n in zip(segment.query_lens, segment.seq_lens, strict=True)
+        visible = [
+            min(n - m + end, n)
+            for m, n in zip(query_lens, seq_lens, strict=True)
             for end in range(TILE, m + TILE, TILE)
-        )
+        ]
+        # Every list holds the block of its tile's last row, of which the rows see but a part.
+        unseen = sum(-keys % BLOCK for keys in visible)
         self.read += indices.block_offsets[-1].long() * BLOCK + indices.column_offsets[-1]
         self.read -= unseen * indices.num_heads
-        self.causal += segment.causal_keys * indices.num_heads
+        self.causal += sum(visible) * indices.num_heads
 
     def settle(self) -> None:
         """Move what is counted into STATS; waits for the device."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -122,8 +122,13 @@ def kernel(function: Any) -> Callable:
     """Enter a Triton function into the table; decorates the function target -> its Configs."""
 
     def enter(configs: Callable[[Target], Iterator[Config]]) -> Callable:
+        def of_target(target: Target) -> Iterator[Config]:
+            for config in configs(target):
+                # AMD's are compiled to see that they can be; nothing serves on them.
+                yield replace(config, serving=config.serving and target.backend == "cuda")
+
         name = function.__name__.strip("_")
-        _kernels[name] = Kernel(name, function, configs)
+        _kernels[name] = Kernel(name, function, of_target)
         return configs
 
     return enter

@@ -256,6 +256,8 @@ def constants(
 ) -> dict[str, object]:
     """The constants of a launch; head_size, group and page are the model's and vLLM's."""
     padded = triton.next_power_of_2(head_size)
+    # Without wgmma queries and probabilities are in registers, too.
+    wgmma = target.backend == "cuda" and target.arch >= 90
     # Two blocks a step where keys and values of two steps fit beside the queries.
     roomy = target.backend == "cuda" and padded <= (128 if target.shared_bytes > 200000 else 64)
     return {
@@ -265,7 +267,7 @@ def constants(
         "PAGE": page,
         "KEYS": 2 * BLOCK if roomy and not dense else BLOCK,
         # The mask of two blocks beside their products is more than there are registers for.
-        "MASKED_KEYS": BLOCK if padded <= 128 else BLOCK // 2,
+        "MASKED_KEYS": BLOCK if padded <= (128 if wgmma else 64) else BLOCK // 2,
         "DENSE": dense,
         "SINKS": sinks,
     }
@@ -273,7 +275,7 @@ def constants(
 
 def warps_and_stages(target: Target, head_size: int) -> tuple[int, int]:
     if target.backend == "hip":
-        return 4, 1
+        return 8, 1
     return 8, 2
 
 

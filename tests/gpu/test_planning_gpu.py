@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case
-from gpu_cases import ANY_DTYPE, FLOAT16, FLOAT32, HAS_GPU, to_device
+from gpu_cases import ANY_DTYPE, FLOAT16, FLOAT32, HAS_GPU, caches_to_device, to_device
 from known_heads import SCALE, Heads, paged
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.gpu.block_means import PageSums, block_means
 from vllm_sparse.kernels.gpu.index_lists import index_lists, index_lists_of
 from vllm_sparse.kernels.gpu.row_scores import row_scores
+from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.gpu.write_kv import write_kv
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
 from vllm_sparse.planner import plan_prefill
@@ -188,6 +190,40 @@ def test_plans_equal_the_cpus(rows, n, patterns, coverage):
     starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [n]))
     want = plan_prefill(queries, cache, table, starts, lens, patterns, **where)
     same_lists(plan_on_device(queries, cache, table, [rows], [n], patterns, **where), want)
+
+
+class NoLook(TorchDispatchMode):
+    """Fails on what makes a host wait for a GPU's numbers."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITS, name
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), f"{name} of a mask"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("patterns", [[ADAPTIVE] * 6, FIXED], ids=["adaptive", "fixed"])
+def test_the_host_does_not_look_between_queries_and_output(patterns):
+    n, rows = 700, 150
+    case = make_case([rows], [n], heads=6, kv_heads=2, dtype=ANY_DTYPE)
+    on = caches_to_device(case)
+    where = dict(scale=case.scale, coverage=0.95)
+
+    def step():
+        indices = plan_on_device(on.q, on.k_cache, on.block_table, [rows], [n], patterns, **where)
+        return sparse_prefill(*on.args, indices, scale=case.scale)
+
+    step()  # what is made once
+    with NoLook():
+        step()
+    with pytest.raises(AssertionError, match="of a mask|_local_scalar_dense"), NoLook():
+        plan_prefill(
+            case.q, case.k_cache, case.block_table, case.query_start_loc, case.seq_lens, patterns,
+            **where,
+        )  # fmt: skip
 
 
 @pytest.mark.skipif(HAS_GPU, reason="as above")
