@@ -17,8 +17,9 @@ from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import layer_index, refuse_special
 from .kernels.gpu.block_means import PageSums, unit
-from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace
+from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
 from .kernels.gpu.sparse_prefill import sparse_prefill
+from .kernels.softmax_modes import Softmax
 from .planner.device import plan_on_device
 from .runtime import Model
 from .stats import STATS
@@ -96,6 +97,9 @@ class SparseCudaImpl(TritonAttentionImpl):
         scheduler = vllm_config.scheduler_config
         self.chunk = scheduler.max_num_batched_tokens
         self.longest = vllm_config.model_config.max_model_len
+        self.most_seqs = scheduler.max_num_seqs
+        self.page = vllm_config.cache_config.block_size or 16
+        self.dtype = torch.get_default_dtype()
         # A window of a few thousand tokens leaves little to leave out.
         self.always_dense = sliding_window is not None
         self.break_even = 0
@@ -213,8 +217,6 @@ class SparseCudaImpl(TritonAttentionImpl):
         kv_cache: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        # Layers with a window have no phi: they are not looked at in calibration.
-        softmax = self.config.softmax
         paged_decode(
             query,
             kv_cache[..., : self.head_size],
@@ -223,7 +225,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             metadata.seq_lens,
             scale=self.scale,
             out=out.view_as(query),
-            softmax="online" if softmax == "unified" and self.phi is None else softmax,
+            softmax=self._softmax(),
             phi=self.phi,
             flagged=None if self.phi is None else self.runtime.flagged,
             query_start_loc=metadata.query_start_loc,
@@ -263,6 +265,17 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.workspace.reserve(self.head_size, device)
         if self.window is None:
             self._find_patterns(layer_name)
+        if device.type == "cuda":  # the interpreter has nothing to compile
+            warm_up(
+                device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, self.page,
+                self.longest, self.most_seqs, self._softmax(), self.window,
+                self.sinks is not None,
+            )  # fmt: skip
+
+    def _softmax(self) -> Softmax:
+        # Layers with a window have no phi: they are not looked at in calibration.
+        softmax = self.config.softmax
+        return "online" if softmax == "unified" and self.phi is None else softmax
 
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)

@@ -133,6 +133,39 @@ def _slots(device: torch.device, warps: int) -> int:
     return sms * PROGRAMS_EACH_SM[warps]
 
 
+@cache
+def warm_up(
+    device: torch.device,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_size: int,
+    page: int,
+    longest: int,
+    most_seqs: int,
+    softmax: softmax_modes.Softmax,
+    window: int | None,
+    sinks: bool,
+) -> None:
+    """Compile what decode steps of layers of this shape launch: one form for each power of two of
+    sequences. `longest` is the most keys of a sequence."""
+    cache = torch.zeros(1, kv_heads, page, 2 * head_size, dtype=dtype, device=device)
+    k_cache, v_cache = cache.chunk(2, -1)
+    phi = torch.zeros(heads, device=device) if softmax == "unified" else None
+    sink = torch.zeros(heads, device=device) if sinks else None
+    seqs = 1
+    while True:
+        paged_decode(
+            torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
+            torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device),
+            torch.zeros(seqs, dtype=torch.int32, device=device), scale=1.0, softmax=softmax,
+            phi=phi, sinks=sink, window=window, workspace=shared_workspace(device),
+        )  # fmt: skip
+        if seqs >= most_seqs:
+            return
+        seqs *= 2
+
+
 def most_splits(seqs: int, tiles: int, programs_each: int, slots: int) -> int:
     """Splits that a launch leaves room for: enough for four waves of a batch of this size.
 
@@ -244,7 +277,7 @@ def _launch(
     warps, stages = split_decode.warps_and_stages(target, made["ROWS"], mode)
     slots = _slots(device, warps)
     tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
-    splits = made["SPLITS"] = most_splits(seqs, tiles, each, slots)
+    splits = made["SPLITS"] = most_splits(made["SEQS"], tiles, each, slots)
     slices = seqs * each * splits * made["ROWS"]
     floats, arrivals = workspace.take(slices * (made["D_PADDED"] + 2), seqs * each, device)
     prefix_out, prefix_lse, prefix_keys = prefix or (lse, lse, seq_lens)  # not read without

@@ -27,7 +27,8 @@ MAX_ROWS = 64
 ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 
 
-@triton.jit
+# What changes from step to step compiles no code of its own.
+@triton.jit(do_not_specialize=["window", "slots", "num_seqs"])
 def _split_decode(
     q,  # [T, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
