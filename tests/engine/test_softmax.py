@@ -61,12 +61,3 @@ def test_unified_with_a_wrong_phi_computes_every_row_again(llama, dense, phi_fil
     assert result.tokens == dense.tokens
     assert [s["softmax_flagged"] for s in result.stats] == [ROWS]
     assert len(re.findall("left the window of phi", result.log)) == 1  # counted, and said once
-
-
-def test_unified_without_phi_does_not_start(llama):
-    settings = {"attention_backend": "sparse"}
-    log = run(
-        llama, [], expect_failure=True, **settings,
-        additional_config={"sparse": {"softmax": "unified"}},
-    )  # fmt: skip
-    assert "`vllm-sparse calibrate MODEL -o FILE`" in log

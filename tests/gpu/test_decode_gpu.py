@@ -92,7 +92,7 @@ def test_layouts(layout):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_regimes(regime, dtype):
-    lens = [1, 65, 500]
+    lens = [1, 65, 200]
     case = regime_case(regime, [1] * len(lens), lens, dtype=dtype)
     logits = HUGE if "huge" in regime else 0.0
     everyone = case.q.shape[1] * len(lens)
@@ -100,8 +100,7 @@ def test_regimes(regime, dtype):
         ("online", None, 0),
         ("lazy", None, 0),
         ("unified", REGIMES[regime], 0),
-        ("unified", 0.0, 0 if regime in FITS_ZERO else everyone),
-        ("unified", 1e6, everyone),
+        ("unified", 0.0 if regime not in FITS_ZERO else 1e6, everyone),
         ("unified", -1e6, everyone),
     ):
         got, flagged = run(case, softmax, phi)
@@ -113,7 +112,7 @@ def test_regimes(regime, dtype):
 @pytest.mark.parametrize("spread", [1.0, 12.0, 30.0])
 def test_the_guard_fires_exactly_where_it_should(spread, slots, monkeypatch):
     monkeypatch.setattr(module, "_slots", lambda *args: slots)
-    case = make_case([1] * 3, [1, 80, 1500], heads=8, kv_heads=2, seed=3, dtype=ANY_DTYPE)
+    case = make_case([1] * 3, [1, 80, 700], heads=8, kv_heads=2, seed=3, dtype=ANY_DTYPE)
     case.q.mul_(spread)
     phi = torch.linspace(-80, 90, 8)
     expected = count_outside(case, phi)
