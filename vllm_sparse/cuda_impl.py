@@ -16,6 +16,7 @@ from .config import SparseConfig
 from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import layer_index, refuse_special
+from .kernels.block_indices import BLOCK
 from .kernels.gpu.block_means import PageSums, unit
 from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
 from .kernels.gpu.sparse_prefill import sparse_prefill
@@ -134,35 +135,40 @@ class SparseCudaImpl(TritonAttentionImpl):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         """Write a step's keys and values; vLLM calls it before forward. A graph can hold it."""
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
-        if self.keeps_sums and not self.always_dense and kv_cache.numel():
-            k_cache = kv_cache[..., : self.head_size]
-            if self.sums is None:
-                self._keep_sums(k_cache)
-            if self.sums is not None:
-                self.sums.update(k_cache, slot_mapping)
+        self.prepare(kv_cache)
+        if self.sums is not None:
+            self.sums.update(kv_cache[..., : self.head_size], slot_mapping)
 
-    def _keep_sums(self, k_cache: torch.Tensor) -> None:
-        """Make room for the sums of pages, or say once that there is none."""
-        pages, heads, page, size = k_cache.shape
-        self.keeps_sums = unit(page) is not None
-        if not self.keeps_sums:
+    def prepare(self, kv_cache: torch.Tensor) -> None:
+        """Make room for the sums of pages, or say once that there is none.
+
+        To be called with the layer's cache before a page is written: what is written without it
+        is in no sum. The builder does, as the first write may be inside a graph's capture.
+        """
+        if self.always_dense or not self.keeps_sums or self.sums is not None:
             return
-        need = pages * page // unit(page) * heads * size * k_cache.element_size()
-        if k_cache.is_cuda:
+        if not kv_cache.numel():  # vLLM measures memory
+            return
+        k_cache = kv_cache[..., : self.head_size]
+        pages, heads, page, size = k_cache.shape
+        why = None
+        if unit(page) is None:
+            why = f"pages of {page} tokens are no part or multiple of {BLOCK}"
+        elif k_cache.is_cuda:
+            need = pages * page // unit(page) * heads * size * k_cache.element_size()
             if torch.cuda.is_current_stream_capturing():
-                self.keeps_sums = False  # a graph's memory is its own
-                return
-            self.keeps_sums = torch.cuda.mem_get_info(k_cache.device)[0] > need + SPARE_BYTES
-        if self.keeps_sums:
+                why = "pages were first written inside a CUDA graph"
+            elif torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
+                why = "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
+        if why is None:
             self.sums = PageSums(k_cache)
-        else:
-            log.once(
-                logger,
-                logging.WARNING,
-                "No GPU memory is left to keep mean keys of pages: planning reads the keys "
-                "instead. Lower --gpu-memory-utilization to leave some.",
-            )
-            STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
+            # Compiles the kernel, and writes nothing.
+            self.sums.update(k_cache, torch.full((2,), -1, device=k_cache.device))
+            return
+        self.keeps_sums = False
+        message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
+        log.once(logger, logging.WARNING, message)
+        STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
 
     def forward(
         self,

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
@@ -53,7 +54,8 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
-        impls = [layers[name].impl for name in layer_names]
+        self.layers = [layers[name] for name in layer_names]
+        impls = [layer.impl for layer in self.layers]
         self.break_even = impls[0].break_even
         # Layers with a window are vLLM's throughout.
         self.all_dense = all(impl.always_dense for impl in impls)
@@ -75,6 +77,12 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
     ) -> SparseCudaMetadata:
         """The step's SparseCudaMetadata. vLLM 0.27 passes the arguments by name."""
         common = common_attn_metadata
+        for layer in self.layers:
+            cache = getattr(layer, "kv_cache", None)
+            # vLLM before 0.28 has a list of one for each pipeline's virtual engine.
+            cache = cache[0] if isinstance(cache, (list, tuple)) and cache else cache
+            if isinstance(cache, torch.Tensor):
+                layer.impl.prepare(cache)
         whole = super().build(common_prefix_len, common, fast_build)
         fields = {name: getattr(whole, name) for name in whole.__dataclass_fields__}
         starts = common.query_start_loc_cpu.tolist()

@@ -274,9 +274,12 @@ def constants(
 
 
 def warps_and_stages(target: Target, head_size: int) -> tuple[int, int]:
+    """Not tuned, as nothing was timed. With three stages the loads of a step are under way during
+    two others, and not only at the end of the one before; head size 256 has no shared memory for
+    that, and sm_80 no registers beyond head size 64."""
     if target.backend == "hip":
         return 8, 1
-    return 8, 2
+    return 8, 3 if head_size <= (128 if target.arch >= 90 else 64) else 2
 
 
 @kernel(_sparse_prefill)

@@ -180,9 +180,9 @@ class Layer:
             old = torch.randn(computed, 2 * SIZE, generator=generator).half()
             position = torch.arange(computed)
             self.cache[table[i, position // PAGE].long(), 0, position % PAGE] = old
-            k = self.cache[..., :SIZE]
-            self.impl._keep_sums(k) if self.impl.sums is None else None
-            self.impl.sums.update(k, i * each * PAGE + position)
+            self.impl.prepare(self.cache)
+            if self.impl.sums is not None:
+                self.impl.sums.update(self.cache[..., :SIZE], i * each * PAGE + position)
         tokens = sum(new)
         query = torch.randn(tokens + 3, HEADS, SIZE, generator=generator).half()
         key, value = torch.randn(2, tokens, KV_HEADS, SIZE, generator=generator).half()
@@ -287,6 +287,25 @@ def test_memory_for_planning_is_shown_while_vllm_measures(layer):
     assert (out == 0).all()
     short = cuda_runtime.workspace_bytes(8192, 32768, 32, 128)
     assert 2**25 < short < cuda_runtime.workspace_bytes(8192, 131072, 32, 128) < 2**30
+
+
+def test_the_builder_makes_room_for_sums_before_the_first_write(layer):
+    made = layer(break_even=0)
+    made.builder.layers[0].kv_cache = made.cache
+    made.step([(0, 64)])
+    assert made.impl.sums is not None
+    got = made.impl.sums.means(torch.arange(4, dtype=torch.int32), 64, torch.tensor([0]))
+    want = made.cache[:4, 0, :, :SIZE].flatten(0, 1).float().mean(0)
+    torch.testing.assert_close(got[0, 0], want, rtol=1e-2, atol=1e-3)
+
+
+def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
+    made = layer(break_even=0)
+    before = STATS.fallbacks.get("means_from_keys", 0)
+    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
+    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
+    assert made.impl.sums is None
+    assert STATS.fallbacks["means_from_keys"] == before + 1
 
 
 @pytest.mark.parametrize(

@@ -219,7 +219,7 @@ def test_the_host_does_not_look_between_queries_and_output(patterns):
     step()  # what is made once
     with NoLook():
         step()
-    with pytest.raises(AssertionError, match="of a mask|_local_scalar_dense"), NoLook():
+    with pytest.raises(AssertionError, match=r"of a mask|_local_scalar_dense"), NoLook():
         plan_prefill(
             case.q, case.k_cache, case.block_table, case.query_start_loc, case.seq_lens, patterns,
             **where,
