@@ -63,8 +63,8 @@ def block_means(
 
 
 def heaviest(mass: torch.Tensor, need: torch.Tensor) -> torch.Tensor:
-    """See `reference.heaviest`: same arguments, same meaning."""
-    library = cpu.native()
+    """See `reference.heaviest`: same arguments, same meaning; torch where there is a GPU."""
+    library = cpu.native() if mass.is_cpu else None
     if library is None:
         return reference.heaviest(mass, need)
     if need.shape != mass.shape[:2] or mass.dtype != torch.float32 or need.dtype != torch.float32:

@@ -94,8 +94,8 @@ def _pack(
     squares = pairs * (heads // group) * -(-group // 2)
     query_lens = query_start_loc[1:] - query_start_loc[:-1]
     offsets = query_start_loc.new_zeros(2, num_seqs + 1)
-    sizes = query_lens.new_tensor([[TILE], [2 * TILE]])
-    torch.cumsum((query_lens + sizes - 1) // sizes, 1, out=offsets[:, 1:])
+    tiles = (query_lens + TILE - 1) // TILE
+    torch.cumsum(torch.stack([tiles, (tiles + 1) // 2]), 1, out=offsets[:, 1:])
     tile_offsets, pair_offsets = offsets
     options = launch.options(pack_tiles.WARPS, 2)
     chunk = {"CHUNK": pack_tiles.CHUNK}

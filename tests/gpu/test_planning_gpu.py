@@ -16,7 +16,7 @@ from vllm_sparse.kernels.gpu.row_scores import row_scores
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.gpu.write_kv import write_kv
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
-from vllm_sparse.planner import plan_prefill
+from vllm_sparse.planner import device, plan_prefill
 from vllm_sparse.planner.device import plan_on_device
 
 
@@ -224,6 +224,42 @@ def test_the_host_does_not_look_between_queries_and_output(patterns):
             case.q, case.k_cache, case.block_table, case.query_start_loc, case.seq_lens, patterns,
             **where,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [30, 64, 200])
+@pytest.mark.parametrize("patterns", [[ADAPTIVE] * 6, FIXED], ids=["adaptive", "fixed"])
+def test_planning_stays_on_its_device(patterns, rows, monkeypatch):
+    """With stand-ins for the kernels on torch's meta device: an operand that lies elsewhere, a look
+    at a number and a CPU kernel are all errors there."""
+    meta, n, size = torch.device("meta"), 1000, 64
+
+    def scores(q, cache, table, positions, heads, length, *, columns=0, squares=False, **wanted):
+        shape = (len(heads), q.shape[0], -(-length // 64))
+        mass = torch.empty(shape, device=meta)
+        return reference.RowScores(
+            mass,
+            mass if squares else None,
+            torch.empty(len(heads), columns, dtype=torch.int64, device=meta),
+            torch.empty(len(heads), q.shape[0], columns, device=meta),
+        )
+
+    made = []
+    monkeypatch.setattr(device, "row_scores", scores)
+    monkeypatch.setattr(device, "block_means", lambda cache, table, length, heads: torch.empty(
+        len(heads), -(-length // 64), size, device=meta
+    ))  # fmt: skip
+    monkeypatch.setattr(device, "index_lists_of", lambda *a: made.append(a))
+    monkeypatch.setattr(device, "upload", lambda x, where: x.to(where))
+    q = torch.empty(rows, 6, size, dtype=torch.bfloat16, device=meta)
+    cache = torch.empty(70, 2, 16, size, dtype=torch.bfloat16, device=meta)
+    table = torch.zeros(1, 70, dtype=torch.int32, device=meta)
+    plan_on_device(q, cache, table, [rows], [n], patterns, scale=0.1, coverage=0.95)
+    ((parts, tiles),) = made
+    assert tiles == [-(-rows // 64)] and sum(len(mask) for mask, _, _ in parts) == tiles[0]
+    for mask, columns, last_key in parts:
+        assert mask.shape[1:] == (6, 16) and mask.dtype == torch.bool
+        assert last_key.shape == mask.shape[:1] and columns.shape[:2] == mask.shape[:2]
+        assert {x.device.type for x in (mask, columns, last_key)} == {"meta"}
 
 
 @pytest.mark.skipif(HAS_GPU, reason="as above")

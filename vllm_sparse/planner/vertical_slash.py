@@ -179,8 +179,8 @@ def fixed(
 
 def mask_of_distances(chunk: Chunk, chosen: torch.Tensor) -> torch.Tensor:
     """Blocks that rows at the `chosen` distances (bool [h, n]) touch, and the base: [T, h, nb]."""
-    before = torch.zeros(chosen.shape[0], chosen.shape[1] + 1, dtype=torch.int32)
-    before = before.to(chosen.device)
+    shape = (chosen.shape[0], chosen.shape[1] + 1)
+    before = torch.zeros(shape, dtype=torch.int32, device=chosen.device)
     torch.cumsum(chosen, 1, dtype=torch.int32, out=before[:, 1:])
     first = torch.arange(chunk.blocks, device=chunk.device) * BLOCK
     # A tile's rows see the keys of a block at distances nearest .. farthest.
