@@ -25,7 +25,7 @@ VLLM_FILES = {
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "compat", "cpu_platform", "log", "backend", "metadata", "impl", "metrics",
-        "check", "linear", "models", "cpu_offload.connector", "cpu_offload.kv_spec",
+        "check", "needle", "linear", "models", "cpu_offload.connector", "cpu_offload.kv_spec",
     )
 }  # fmt: skip
 RAY_FILES = {"vllm_sparse.cpu_offload.actor", "vllm_sparse.cpu_offload.pool"}
