@@ -1,7 +1,11 @@
-"""Writes sample prompts of the retrieval model for `vllm-sparse search`, as text files.
+"""Writes texts in the retrieval model's words, for `vllm-sparse search` and `vllm-sparse needle`.
 
     python examples/search_prompts.py FOLDER [--length 16384]
-    vllm-sparse search checkpoints/lean --prompt FOLDER/needle.txt ... -o patterns.json
+    vllm-sparse search checkpoints/lean -o patterns.json \
+        --prompt FOLDER/needle.txt --prompt FOLDER/two-hop.txt --prompt FOLDER/counting.txt
+    vllm-sparse needle checkpoints/lean --patterns patterns.json --haystack FOLDER/haystack.txt \
+        --needle "remember alpaca {answer} ." --answers amber,cobalt,violin,garnet \
+        --question "$(cat FOLDER/question.txt)"
 
 A search sees only what its prompts make a head do: here retrieval in one hop and in two, asked at
 the end, and a text that asks again and again for the most frequent symbol so far.
@@ -12,7 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from retrieval.prompts import averaging_prompt, needle_prompt, two_hop_prompt
+from retrieval.prompts import averaging_prompt, haystack_ids, needle_prompt, two_hop_prompt
+from retrieval.vocabulary import RECALL, RECALL_TEMPLATE, VOCABULARY
 
 COUNTINGS = 8
 RATE = 0.2  # share of symbols among the words
@@ -33,6 +38,14 @@ def prompts(length: int, seed: int = 0) -> dict[str, str]:
     }
 
 
+def grid(length: int, seed: int = 0) -> dict[str, str]:
+    """A haystack, and the question for the word behind `alpaca`."""
+    return {
+        "haystack": VOCABULARY.text(haystack_ids(length, seed)[1:]),
+        "question": " ".join([RECALL, "alpaca", *RECALL_TEMPLATE]),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
@@ -40,7 +53,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    for name, text in prompts(options.length, options.seed).items():
+    texts = prompts(options.length, options.seed) | grid(options.length, options.seed)
+    for name, text in texts.items():
         (options.folder / f"{name}.txt").write_text(text + "\n")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,27 @@ def test_a_killed_search_goes_on_to_the_same_file(found, plain: Path, home: Path
     assert not folder.exists()
 
 
+def test_layers_with_a_window_are_left_to_vllm(gemma3: str, home: Path, tmp_path: Path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(512)}, unk_token="w0"))
+    folder = tmp_path / "model"
+    shutil.copytree(gemma3, folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    out = tmp_path / "patterns.json"
+    done = search(
+        home, folder, "-o", out, "--length", 512, "--samples", 1, "--budget", "0.5", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    file = PatternFile.load(out)
+    assert sorted(file.layers) == [2, 5] and file.settings["budget"] == 0.5
+    assert file.measured["error"][0] == [None] * 4
+    assert all(x is not None for x in file.measured["error"][2])
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("last 128 tokens only") == 4 and report.count("<svg") == 2
+
+
 def test_the_server_takes_the_file(found):
     from vllm_sparse.config import SparseConfig
     from vllm_sparse.runtime import Model, fit_patterns
@@ -132,7 +154,7 @@ def test_the_server_takes_the_file(found):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("none", "-o", "p.json"), "cannot be loaded"),
+        (("./none/at/all", "-o", "p.json"), "cannot be loaded"),
         (("none", "-o", "/nowhere/at/all/p.json"), "does not exist"),
         (("none", "--error", "0.1", "--budget", "0.1"), "give one of the two"),
         (("none", "--budget", "7"), "budget: got 7.0; allowed: above 0, at most 1"),
@@ -147,3 +169,20 @@ def test_what_cannot_be_searched_is_one_line(arguments, message, tmp_path, home,
     done = CliRunner().invoke(app, ["search", *arguments])
     assert done.exit_code == 1
     assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_models_attention_is_drawn_layer_by_layer(found, plain: Path, tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from vllm_sparse.cli import app
+
+    out = tmp_path / "picture.png"
+    done = CliRunner().invoke(
+        app, ["plot", str(found[0]), "-o", str(out), "--model", str(plain), "--length", "700"]
+    )
+    assert done.exit_code == 0, done.output
+    names = ["picture.png", *(f"picture-layer-{i:02d}.png" for i in range(3))]
+    assert done.stdout.split() == [str(tmp_path / name) for name in names]
+    pictures = [(tmp_path / name).read_bytes() for name in names]
+    assert all(p.startswith(b"\x89PNG") and len(p) > 20_000 for p in pictures)
+    assert len(set(pictures)) == 4

@@ -169,7 +169,7 @@ def draw_attention(
     bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.01)
     bar.set_label("mean attention mass of a block of 64 keys", fontsize=8)
     bar.ax.tick_params(labelsize=7)
-    figure.suptitle(f"{_plain(title)}, layer {layer}. Blue: left out", fontsize=11)
+    figure.suptitle(f"{_plain(title)}, layer {layer}. Tinted: left out", fontsize=11)
     _save(plt, figure, path)
 
 

@@ -67,17 +67,23 @@ class Checkpoint:
         write_whole(path, costs.model_dump_json() + "\n")
         return costs
 
-    def load(self, prompt: int, layer: int) -> Scores | None:
-        """The scores of a layer, if it was done with."""
+    def load(self, prompt: int, layer: int) -> Scores | int | None:
+        """The scores of a layer, if it was done with; an int is the window of one that is not
+        searched."""
         path = self._path(prompt, layer)
         if not path.exists():
             return None
         data = json.loads(path.read_text(encoding="utf-8"))
+        if "window" in data:
+            return int(data["window"])
         return Scores(*(np.array(data[name], dtype=np.float64) for name in FIELDS))
 
-    def save(self, prompt: int, layer: int, scores: Scores) -> None:
+    def save(self, prompt: int, layer: int, found: Scores | int) -> None:
         # Python writes floats so that they are read back as they were.
-        data = {name: getattr(scores, name).tolist() for name in FIELDS}
+        if isinstance(found, int):
+            data: dict[str, Any] = {"window": found}
+        else:
+            data = {name: getattr(found, name).tolist() for name in FIELDS}
         write_whole(self._path(prompt, layer), json.dumps(data) + "\n")
 
     def remove(self) -> None:

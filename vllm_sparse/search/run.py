@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -154,21 +154,35 @@ def _score(
     with tqdm(total=total, unit="pattern", disable=not progress, dynamic_ncols=True) as bar:
         for number, prompt in enumerate(prompts):
 
-            def visit(inputs: capturing.LayerInputs, number: int = number) -> None:
-                layer = inputs.layer
-                bar.set_description(f"prompt {number + 1}/{len(prompts)}, layer {layer}")
-                if inputs.window is not None:
-                    windows[layer] = inputs.window
-                    bar.update(len(tried))
+            def note(layer: int, found: Scores | int) -> None:
+                if isinstance(found, int):
+                    windows[layer] = found
                     return
-                found = checkpoint.load(number, layer)
-                if found is None:
-                    found = evaluate(inputs, tried, bar.update)
-                    checkpoint.save(number, layer, found)
-                else:
-                    bar.update(len(tried))
                 before = scores.get(layer)
                 scores[layer] = found if before is None else before.joined(found)
+
+            known = [checkpoint.load(number, layer) for layer in range(info.layers)]
+            if None not in known:  # the model need not run over it again
+                for layer, found in enumerate(known):
+                    note(layer, found)
+                bar.update(info.layers * len(tried))
+                continue
+
+            def visit(
+                inputs: capturing.LayerInputs,
+                number: int = number,
+                note: Callable[[int, Scores | int], None] = note,
+            ) -> None:
+                layer = inputs.layer
+                bar.set_description(f"prompt {number + 1}/{len(prompts)}, layer {layer}")
+                found = checkpoint.load(number, layer)
+                if found is None and inputs.window is None:
+                    found = evaluate(inputs, tried, bar.update)
+                else:
+                    bar.update(len(tried))
+                    found = inputs.window if found is None else found
+                checkpoint.save(number, layer, found)
+                note(layer, found)
 
             capturing.capture(model, prompt.token_ids, visit)
     return scores, windows
