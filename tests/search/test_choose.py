@@ -16,8 +16,10 @@ BLOCKS = HeadPattern(kind="block_sparse", blocks=8)
 COLUMNS = HeadPattern(kind="vertical_slash", vertical=64, slash=64)
 
 
-def candidate(pattern: HeadPattern, error: float, time: float, worst: float = 0.0) -> Candidate:
-    return Candidate(pattern, error, worst, density=time, time=time, seconds=time)
+def candidate(
+    pattern: HeadPattern, error: float, time: float, worst: float = 0.0, last: float = 0.0
+) -> Candidate:
+    return Candidate(pattern, error, worst, last, density=time, time=time, seconds=time)
 
 
 DENSE_ONE = candidate(DENSE, 0.0, 1.0)
@@ -35,11 +37,16 @@ def test_the_cheapest_within_the_bound_is_taken():
 def test_dense_where_none_meets_the_bound_or_all_that_do_cost_more():
     assert chosen(candidate(WINDOW, 0.04, 0.1)) == "dense"
     assert chosen(candidate(COLUMNS, 0.0, 1.2)) == "dense"
+    assert chosen(candidate(COLUMNS, 0.001, 0.85)) == "dense"  # saves too little
+    assert chosen(candidate(COLUMNS, 0.001, 0.75)) == "vertical_slash"
 
 
 def test_an_error_in_a_few_rows_counts():
     few = candidate(WINDOW, 0.01, 0.1, worst=0.2)
     assert chosen(few, candidate(BLOCKS, 0.01, 0.3, worst=0.1)) == "block_sparse"
+    # In the last rows, where questions stand, it counts for all.
+    asked = candidate(WINDOW, 0.01, 0.1, worst=0.1, last=0.1)
+    assert chosen(asked, candidate(BLOCKS, 0.01, 0.3, worst=0.1, last=0.02)) == "block_sparse"
 
 
 def test_of_ties_the_least_error_and_then_the_simplest():
@@ -73,7 +80,7 @@ def test_time_is_everything_that_is_read_and_planned():
         plan={plan_class(p): (100.0, 0.25) for p in PLANNED},
     )  # fmt: skip
     scores = Scores(
-        error=np.array([[0.1, 0.2], [0, 0]]), worst=np.zeros((2, 2)),
+        error=np.array([[0.1, 0.2], [0, 0]]), worst=np.zeros((2, 2)), last=np.zeros((2, 2)),
         blocks=np.array([[30.0, 50.0], [136.0, 136.0]]), columns=np.array([[8.0, 0], [0, 0]]),
     )  # fmt: skip
     heads = layer_candidates(scores, [COLUMNS, DENSE], costs, [1024])

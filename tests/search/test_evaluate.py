@@ -60,11 +60,15 @@ def test_the_worst_tile_is_told_and_nan_is_as_wrong_as_can_be():
     layer = Layer(inputs())
     out = layer.truth.clone()
     out[640:650, 1] = 0  # 10 rows of the tile 640..703
-    whole, worst = layer.errors(out)
+    whole, worst, last = layer.errors(out)
     assert whole[0] == worst[0] == 0 and 0 < whole[1] < 0.2 < worst[1]
+    assert (last == 0).all()
     norm = layer.truth[640:704, 1].square().sum()
     share = layer.truth[640:650, 1].square().sum() / norm
     assert worst[1] == pytest.approx(float(share) ** 0.5, rel=1e-4)
+    out[-3:, 2] = 0  # of the last 64 rows, which begin within a tile
+    share = layer.truth[-3:, 2].square().sum() / layer.truth[-64:, 2].square().sum()
+    assert layer.errors(out)[2][2] == pytest.approx(float(share) ** 0.5, rel=1e-4)
     out[5, 3] = torch.nan
     assert layer.errors(out)[0][3] == 1e9
 

@@ -23,7 +23,7 @@ def result(heads: int = 4, **changes) -> Result:
     for i, p in enumerate(candidates(1024)):
         share = 1.0 if p == DENSE else 0.1 + i / 60
         error = 0.0 if p == DENSE else 0.001 * i
-        found.append(Candidate(p, error, 2 * error, share, share, share))
+        found.append(Candidate(p, error, 2 * error, error, share, share, share))
     choice = choose(found, Goal(), DEFAULT)
     return Result(
         **{

@@ -9,7 +9,7 @@ from html import escape
 
 from vllm_sparse.files import write_whole
 from vllm_sparse.search.candidates import DEFAULT, ORDER, budget
-from vllm_sparse.search.choose import TIE, WORST, Choice
+from vllm_sparse.search.choose import TIE, WORST, WORTH, Choice
 from vllm_sparse.search.run import Result
 
 from .svg import BLUE, GREEN, KIND_COLOURS, RED, Cell, Row, heat_map, log_share, shade
@@ -147,7 +147,7 @@ def _map(layer: int, choices: Sequence[Choice]) -> str:
         c = choice.chosen
         said = (
             f"head {head}: {c.label}, density {c.density:.1%}, error {c.error:.2%} "
-            f"(worst 64 rows {c.worst:.2%}), time {c.time:.1%} of dense"
+            f"(last 64 rows {c.last:.2%}, worst {c.worst:.2%}), time {c.time:.1%} of dense"
         )
         if choice.default:
             d = choice.default
@@ -184,7 +184,7 @@ def _details(result: Result, choices: Sequence[Choice]) -> str:
             style = "" if result.goal.meets(b) else " out"
             cells.append(
                 f'<td class="l{style}">{escape(budget(b.pattern))}<br>'
-                f"{b.time:.1%}, {b.error:.2%} / {b.worst:.1%}"
+                f"{b.time:.1%}, {b.error:.2%} / {b.last:.2%} / {b.worst:.1%}"
             )
         ties = ", ".join(t.label for t in choice.tied[:4]) + (
             f" and {len(choice.tied) - 4} more" if len(choice.tied) > 4 else ""
@@ -196,8 +196,8 @@ def _details(result: Result, choices: Sequence[Choice]) -> str:
     lines.append(
         "</table></div>"
         "<p class=muted>Of each kind the cheapest that meets the goal, as time (share "
-        "of dense), error / error of the worst 64 rows; in red, where none meets it, the one with "
-        "the least error.</p></details>"
+        "of dense), error / of the last 64 rows / of the worst 64; in red, where none meets it, "
+        "the one with the least error.</p></details>"
     )
     return "".join(lines)
 
@@ -231,7 +231,8 @@ def _explanation(result: Result) -> list[str]:
         "<h2>What an error is</h2>",
         "<p>The root of the summed squared differences between a head's output and that of dense "
         "attention, relative to the latter, over all rows of a prompt; the largest over the "
-        f"prompts. The worst 64 rows may be {WORST:g} times as wrong: a question is a few rows of "
-        "a long prompt, and over all rows an error in it would not be seen. Where no pattern is "
-        "within the bound, the head is dense.</p>",
+        "prompts. The bound holds for the last 64 rows alone too, where a question stands, and any "
+        f"other 64 may be {WORST:g} times as wrong: they are a few rows of a long prompt, and over "
+        "all rows an error in them would not be seen. Where no pattern is within the bound, or "
+        f"none that takes less than {WORTH:.0%} of dense, the head is dense.</p>",
     ]

@@ -87,9 +87,11 @@ def heads_table(file: PatternFile) -> Table:
         table.add_column(name, justify="right")
     table.add_column("pattern", no_wrap=True)
     table.add_column("budget", no_wrap=True)
-    names = [n for n in ("density", "time", "error", "worst") if n in file.measured]
+    names = [n for n in ("density", "time", "error", "last", "worst") if n in file.measured]
     for name in names:
-        table.add_column({"worst": "worst 64 rows"}.get(name, name), justify="right")
+        table.add_column(
+            {"worst": "worst 64 rows", "last": "last 64"}.get(name, name), justify="right"
+        )
     for layer in range(file.model.layers):
         for head, pattern in enumerate(file.for_layer(layer)):
             if pattern == ADAPTIVE:

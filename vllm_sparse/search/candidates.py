@@ -6,16 +6,16 @@ from vllm_sparse.patterns import HeadPattern
 
 # Whole tokens; a window is read in blocks of 64 and the first block is in every selection.
 SINK = 64
-WINDOWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
-VERTICAL_SLASH = ((64, 64), (512, 64), (1024, 64), (64, 256), (256, 512), (512, 1024))
-BLOCKS = (8, 16, 32, 64, 96, 128, 192, 256)
+WINDOWS = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
+VERTICAL_SLASH = ((64, 64), (512, 64), (1024, 64), (64, 256), (256, 512))
+BLOCKS = (8, 16, 32, 64, 96, 128)
 # Budgets that follow the prompt: what covers this share of the mass, and is dense where nothing
 # does. The narrow kinds first; `adaptive` takes the cheapest of the three in every chunk.
 COVERAGE = {
     "a_shape": (0.9, 0.95, 0.98),
-    "vertical_slash": (0.8, 0.85, 0.9, 0.95, 0.98, 0.99),
-    "block_sparse": (0.8, 0.85, 0.9, 0.95, 0.98, 0.99),
-    "adaptive": (0.8, 0.85, 0.9, 0.95, 0.98, 0.99),
+    "vertical_slash": (0.9, 0.95, 0.98, 0.99),
+    "block_sparse": (0.9, 0.95, 0.98),
+    "adaptive": (0.9, 0.95, 0.98),
 }
 DENSE = HeadPattern(kind="dense")
 DEFAULT = HeadPattern(coverage=0.95)  # what a head without a file is, at the default coverage

@@ -9,6 +9,7 @@ import numpy as np
 
 from vllm_sparse.errors import UserError
 from vllm_sparse.patterns import HeadPattern
+from vllm_sparse.planner.base import MAX_COST
 
 from .candidates import ORDER, budget
 from .cost import Costs
@@ -16,9 +17,12 @@ from .evaluate import Scores, causal_blocks
 
 # Two costs that differ by less were not measured finely enough to tell them apart.
 TIE = 0.03
-# The worst tile of 64 rows may be so many times as wrong as a whole prompt: a question is a few
-# rows of a long prompt, and an error in these is hidden by the others.
+# The worst tile of 64 rows may be so many times as wrong as a whole prompt; the last one, where a
+# question stands, may not. They are a few rows of a long prompt, and an error in these is hidden by
+# the others.
 WORST = 5.0
+# What costs more than this share of dense is not worth its error; the planner's own limit.
+WORTH = MAX_COST
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class Candidate:
     pattern: HeadPattern
     error: float
     worst: float
+    last: float
     density: float
     time: float
     seconds: float
@@ -75,13 +80,17 @@ class Goal:
         if self.error is not None:
             return (
                 f"the cheapest pattern with an output error of at most {self.error:g} over a "
-                f"prompt and {WORST * self.error:g} over any 64 rows of it"
+                f"prompt and over its last 64 rows, and {WORST * self.error:g} over any other 64"
             )
         return f"the least error within {self.budget:.0%} of a head's dense time"
 
     def meets(self, candidate: Candidate) -> bool:
         if self.error is not None:
-            return candidate.error <= self.error and candidate.worst <= WORST * self.error
+            return candidate.pattern.kind == "dense" or (
+                max(candidate.error, candidate.last) <= self.error
+                and candidate.worst <= WORST * self.error
+                and candidate.time <= WORTH
+            )
         return candidate.time <= self.budget
 
 
@@ -101,6 +110,7 @@ def layer_candidates(
                 pattern,
                 float(scores.error[i, head]),
                 float(scores.worst[i, head]),
+                float(scores.last[i, head]),
                 float(density[i, head]),
                 float(seconds[i, head] / dense),
                 float(seconds[i, head]),
@@ -121,8 +131,8 @@ def choose(candidates: Sequence[Candidate], goal: Goal, default: HeadPattern) ->
         least = min(c.seconds for c in meeting)
         tied = [c for c in meeting if c.seconds <= (1 + TIE) * least]
     else:
-        least = min(c.error for c in meeting)
-        tied = [c for c in meeting if c.error <= least + 1e-4]
+        least = min(max(c.error, c.last) for c in meeting)
+        tied = [c for c in meeting if max(c.error, c.last) <= least + 1e-4]
     if goal.error is not None:
         tied.sort(key=lambda c: (round(c.error, 3), ORDER.index(c.pattern.kind), c.seconds))
     else:

@@ -23,11 +23,13 @@ class Scores:
 
     error: relative to the exact output, over a whole prompt; the worst prompt's.
     worst: the same over 64 rows: of the worst such tile of any prompt.
+    last: the same over the last 64 rows of a prompt, where questions stand.
     blocks, columns: read, counted over the tiles of all prompts.
     """
 
     error: np.ndarray
     worst: np.ndarray
+    last: np.ndarray
     blocks: np.ndarray
     columns: np.ndarray
 
@@ -36,6 +38,7 @@ class Scores:
         return Scores(
             np.maximum(self.error, other.error),
             np.maximum(self.worst, other.worst),
+            np.maximum(self.last, other.last),
             self.blocks + other.blocks,
             self.columns + other.columns,
         )
@@ -95,13 +98,18 @@ class Layer:
             )  # fmt: skip
         return out
 
-    def errors(self, out: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """(relative error of the whole output, that of the worst tile), [H] each."""
+    def errors(self, out: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Relative error of the whole output, of its worst tile, of its last 64 rows: [H] each."""
         difference = _square_sums(out.float() - self.truth.float())
         whole = (difference.sum(0) / self.norm.sum(0).clamp(min=1e-30)).sqrt()
         tiles = (difference / self.norm.clamp(min=1e-30)).sqrt()
+        end, truth = out[-TILE:].float(), self.truth[-TILE:].float()
+        last = (_square_sums(end - truth)[0] / _square_sums(truth)[0].clamp(min=1e-30)).sqrt()
         # What is not finite is as wrong as can be.
-        return tuple(np.nan_to_num(x.numpy(), nan=1e9, posinf=1e9) for x in (whole, tiles.amax(0)))  # type: ignore[return-value]
+        whole, worst, last = (
+            np.nan_to_num(x.numpy(), nan=1e9, posinf=1e9) for x in (whole, tiles.amax(0), last)
+        )
+        return whole, worst, last
 
 
 def evaluate(
@@ -115,7 +123,7 @@ def evaluate(
     for pattern in patterns:
         if pattern.kind == "dense":
             zero = np.zeros(layer.heads)
-            rows.append((zero, zero, np.full(layer.heads, causal_blocks(layer.length)), zero))
+            rows.append((zero, zero, zero, np.full(layer.heads, causal_blocks(layer.length)), zero))
         else:
             out, blocks, columns = layer.attend([pattern] * layer.heads)
             rows.append((*layer.errors(out), blocks, columns))

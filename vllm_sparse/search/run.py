@@ -225,7 +225,7 @@ def _pattern_file(
             else [None] * info.heads
             for layer in range(info.layers)
         ]
-        for name in ("density", "error", "worst", "time")
+        for name in ("density", "error", "worst", "last", "time")
     }
     layers = {
         layer: {head: c.chosen.pattern for head, c in enumerate(heads)}
