@@ -34,11 +34,10 @@ def console() -> Console:
 def show_file(file: PatternFile, console: Console, heads: bool | None = None) -> None:
     """A pattern file for people; `heads`: list every head (default: where they are few)."""
     model = file.model
-    console.print(
-        f"[bold]{plain(model.name)}[/]: {model.layers} layers of {model.heads} query heads and "
-        f"{_known(model.kv_heads)} KV heads of {_known(model.head_size)}",
-        soft_wrap=True,
-    )
+    shape = f"{model.layers} layers of {model.heads} query heads"
+    if model.kv_heads is not None and model.head_size is not None:
+        shape += f" and {model.kv_heads} KV heads of {model.head_size}"
+    console.print(f"[bold]{plain(model.name)}[/]: {shape}", soft_wrap=True)
     for title, entries in (("rope", model.rope), ("found with", file.tools)):
         if entries:
             said = ", ".join(f"{plain(k, 40)} {_value(v)}" for k, v in list(entries.items())[:8])
@@ -124,10 +123,6 @@ def show_check(result: Result, console: Console) -> None:
             f"{check.error[key]:.3%}",
         )  # fmt: skip
     console.print(table)
-
-
-def _known(number: int | None) -> str:
-    return "an unknown number of" if number is None else str(number)
 
 
 def _value(value: Any) -> str:

@@ -20,7 +20,7 @@ TIE = 0.03
 # The worst tile of 64 rows may be so many times as wrong as a whole prompt; the last one, where a
 # question stands, may not. They are a few rows of a long prompt, and an error in these is hidden by
 # the others.
-WORST = 5.0
+WORST = 6.0
 # What costs more than this share of dense is not worth its error; the planner's own limit.
 WORTH = MAX_COST
 
