@@ -78,7 +78,7 @@ def test_prompts_are_of_the_length_with_the_needle_at_its_depth():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"lengths": (4,)}, "give 6 or more"),
+        ({"lengths": (4,)}, "give 5 or more"),
         ({"haystack": ""}, "haystack is empty"),
     ],
 )
