@@ -66,3 +66,15 @@ def test_the_retrieval_models_samples_are_of_the_length_and_ask():
         search_prompts.COUNTINGS * search_prompts.TIMES
     )
     assert "follow" in texts["two-hop"].split()[-30:]
+
+
+def test_the_example_file_is_of_the_lean_model():
+    from pathlib import Path
+
+    from vllm_sparse.patterns import PatternFile
+
+    root = Path(__file__).resolve().parent.parent.parent
+    file = PatternFile.load(root / "examples" / "patterns" / "lean-16k.json")
+    file.check_model(layers=4, heads=8, kv_heads=2, head_size=128)
+    kinds = {p.kind for layer in range(4) for p in file.for_layer(layer)}
+    assert kinds >= {"a_shape", "vertical_slash", "block_sparse", "dense"}
