@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from vllm_sparse.kernels import BlockIndices, index_lists
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, num_tiles
 
-# Keys of a block that one gathered column costs as much as: 1.15 in fp32 (1024 columns against 16
-# blocks, D = 128), where the heads of a KV head share the blocks they read and not the columns.
-COLUMN_COST = 1.15
 # Above this share of the dense cost a selection does not pay: indexed blocks run at about 0.85 of
 # the dense rate.
 MAX_COST = 0.8
@@ -76,9 +73,28 @@ class Chunk:
         base[:, 0] = True
         return base
 
-    def dense_cost(self, tiles: int) -> float:
-        """Keys that each of the first `tiles` tiles reads on average when dense."""
-        return float((self.last_key[:tiles] + 1).double().mean()) if tiles else 0.0
+    @cached_property
+    def flat_offsets(self) -> torch.Tensor:
+        """int64 [T nb]: the offsets, 0 in the future."""
+        return self.offsets.clamp(min=0).flatten()
+
+    @cached_property
+    def base_cost(self) -> float:
+        """Keys of base blocks that a tile before the last reads on average."""
+        last = self.last_block[: self.tiles - 1]
+        return float((last + 1).clamp(max=3).double().mean()) * BLOCK if len(last) else 0.0
+
+    @cached_property
+    def dense_cost(self) -> float:
+        """Keys that a tile before the last reads on average when dense."""
+        last = self.last_key[: self.tiles - 1]
+        return float((last + 1).double().mean()) if len(last) else 0.0
+
+
+@lru_cache(maxsize=8)
+def chunk_of(query_len: int, seq_len: int, device: torch.device) -> Chunk:
+    """A chunk whose tensors are shared: the layers of a step ask for the same."""
+    return Chunk(query_len, seq_len, device)
 
 
 @dataclass
@@ -130,10 +146,3 @@ class Selection:
     def build(self) -> BlockIndices:
         """CSR lists, without what causality hides and without columns inside selected blocks."""
         return index_lists(self.blocks, self.columns, self.chunk.last_key)
-
-
-def columns_ascending(positions: torch.Tensor, keep: torch.Tensor, unused: int) -> torch.Tensor:
-    """Positions [h, M] where `keep` holds, ascending, then -1; cut to the longest row."""
-    order = positions.masked_fill(~keep, unused).sort(-1).values
-    order = order.masked_fill(order == unused, -1)
-    return order[:, : int(keep.sum(-1).max())] if keep.numel() else order[:, :0]
