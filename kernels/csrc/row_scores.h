@@ -246,18 +246,28 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
   int64_t sees[kTile];
   int32_t until[kTile] = {};
   for (int i = 0; i < kTile; ++i) sees[i] = -1;
-  std::memset(s.q, 0, head_size * kTile * sizeof(float));
+  const T* query[kTile] = {};
   for (int h = 0; h < w.heads; ++h) {
     for (int r = 0; r < lanes.rows; ++r) {
       const int lane = lanes.lane(h, r);
-      const T* q = static_cast<const T*>(a.q) + r * a.q_row_stride +
-                   a.heads[w.first + h] * a.q_head_stride;
-      for (int64_t d = 0; d < head_size; ++d) s.q[d * kTile + lane] = to_float(q[d]) * shape.scale;
+      query[lane] = static_cast<const T*>(a.q) + r * a.q_row_stride +
+                    a.heads[w.first + h] * a.q_head_stride;
       sees[lane] = a.positions[r] < a.seq_len ? a.positions[r] : a.seq_len - 1;
       if (sees[lane] < 0) continue;
       int64_t end = sees[lane] / kBlock + 1;
       if (a.base_from != nullptr && a.base_from[r] < end) end = a.base_from[r];
       until[lane] = static_cast<int32_t>(end);
+    }
+  }
+  for (int c = 0; c < lanes.vectors; ++c) {
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* from = query[c * kLanes + i];
+        x[i] = from == nullptr ? Vec{} : load_row(from + d) * shape.scale;
+      }
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(s.q + (d + i) * kTile + c * kLanes, x[i]);
     }
   }
   int64_t vector_sees[kVectors], vector_least[kVectors], last_key = -1;
