@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +44,8 @@ HOPELESS = 0.6
 PROBE_FROM = 4096
 # Heads below this share of the dense cost look no further for a cheaper pattern.
 GOOD = 0.1
-# Heads whose A-shape reads at most so many times the base do not look for diagonals and columns.
+# Nor do heads that read at most so many times the base: no pooled scores are made for them, nor,
+# where it is their A-shape that reads so little, diagonals and columns looked for.
 NARROW = 1.5
 
 
@@ -84,9 +86,11 @@ def plan(selection: Selection, request: Request, queries: torch.Tensor, keys: Ke
     if not len(request.heads):
         return
     measured = measure(selection.chunk, request, queries, keys)
-    # What is not finite cannot be judged: read everything.
-    request, keep = read_whole(selection, request, ~measured.finite)
-    finish(selection, request, measured.of(keep))
+    if not finite(measured.blocks):
+        dense = ~measured.blocks.sum((1, 2)).isfinite()
+        request, keep = read_whole(selection, request, dense)
+        measured = measured.of(keep)
+    finish(selection, request, measured)
 
 
 def plan_body(selection: Selection, request: Request, queries: torch.Tensor, keys: Keys) -> Request:
@@ -113,7 +117,14 @@ def plan_body(selection: Selection, request: Request, queries: torch.Tensor, key
         if not len(request.heads):
             return request
     dense = compete(selection, request, samples, queries, keys)
-    return read_whole(selection, request, dense | ~samples.finite)[0]
+    if not finite(scores.blocks):
+        dense |= ~samples.mass.blocks.sum((1, 2)).isfinite()
+    return read_whole(selection, request, dense)[0]
+
+
+def finite(mass: torch.Tensor) -> bool:
+    """Whether all of it is. What is not finite cannot be judged: such heads read everything."""
+    return math.isfinite(float(mass.sum()))
 
 
 def read_whole(
@@ -149,11 +160,6 @@ class Measured:
     columns: torch.Tensor  # int64 [h, M']
     column_mass: torch.Tensor  # [h, R, M']
 
-    @property
-    def finite(self) -> torch.Tensor:
-        """bool [h]"""
-        return self.blocks.sum((1, 2)).isfinite()
-
     def of(self, keep: torch.Tensor | None) -> Measured:
         """Of some of the heads, None for all."""
         if keep is None:
@@ -181,21 +187,22 @@ def compete(
     chunk, coverage, heads = selection.chunk, request.coverage, request.heads
     body = chunk.tiles - 1
     window, offset = cheapest_window(samples.mass, coverage)
-    window = torch.where(request.kinds[:, 0], window, torch.inf)
+    allowed = request.kinds.unbind(1)
+    window = torch.where(allowed[0], window, torch.inf)
     # A window of a few blocks is hard to beat, so these heads look no further.
-    wanted = request.kinds[:, 1] & (window > NARROW * chunk.base_cost)
+    wanted = allowed[1] & (window > NARROW * chunk.base_cost)
     slash, diagonals, keep = cheapest_columns(
         samples.mass, coverage, samples.columns, samples.column_mass, chunk.start, wanted
     )
     # Windows are diagonals as well.
     use_window = window <= slash
-    near = torch.arange(chunk.blocks, device=chunk.device) <= offset[:, None]
+    near = chunk.block <= offset[:, None]
     diagonals = torch.where(use_window[:, None], near, diagonals)
     selection.set_blocks(heads, vertical_slash.mask(chunk, diagonals))
     cost = torch.minimum(window, slash)
     # Pooled scores are made for the heads where the others leave something to gain.
-    good = max(GOOD * chunk.dense_cost, 1.001 * chunk.base_cost)
-    open_ = (request.kinds[:, 2] & (cost > good)).nonzero()[:, 0]
+    good = max(GOOD * chunk.dense_cost, NARROW * chunk.base_cost)
+    open_ = (allowed[2] & (cost > good)).nonzero()[:, 0]
     if len(open_):
         some = heads[open_]
         pooled_k = keys.block_means(some // (queries.shape[1] // keys.heads))
@@ -207,10 +214,8 @@ def compete(
         cost[open_[better]] = pooled[better]
         use_window[open_[better]] = True  # no columns
     dense = ~(cost < MAX_COST * chunk.dense_cost)
-    columns = (~(dense | use_window) & keep.any(1)).nonzero()[:, 0]
-    if len(columns):
-        position = sort_columns(samples.columns[columns], keep[columns])
-        selection.set_columns(slice(0, body), heads[columns], position)
+    keep &= ~(dense | use_window)[:, None]
+    selection.set_columns(slice(0, body), heads, sort_columns(samples.columns, keep))
     return dense
 
 

@@ -56,9 +56,14 @@ class Chunk:
         return self.last_key // BLOCK
 
     @cached_property
+    def block(self) -> torch.Tensor:
+        """int64 [nb]: 0, 1, .."""
+        return torch.arange(self.blocks, device=self.device)
+
+    @cached_property
     def offsets(self) -> torch.Tensor:
         """int64 [T, nb]: block offset of each key block for each tile; negative: in the future."""
-        return self.last_block[:, None] - torch.arange(self.blocks, device=self.device)
+        return self.last_block[:, None] - self.block
 
     @cached_property
     def causal(self) -> torch.Tensor:

@@ -71,11 +71,6 @@ class Samples:
     columns: torch.Tensor
     column_mass: torch.Tensor
 
-    @property
-    def finite(self) -> torch.Tensor:
-        """bool [h]"""
-        return self.mass.blocks.sum((1, 2)).isfinite()
-
     def of(self, index: torch.Tensor) -> Samples:
         """The samples of some of the heads."""
         mass = self.mass._replace(blocks=self.mass.blocks[index])
