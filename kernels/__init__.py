@@ -18,12 +18,12 @@ _EXPORTS = {
     "index_lists": "plan_steps",
     "least_keys": "pattern_search",
     "merge": "reference",
-    "paged_decode": "cpu",
+    "paged_decode": "dispatch",
     "row_scores": "row_scoring",
     "sort_columns": "pattern_search",
-    "sparse_prefill": "cpu",
+    "sparse_prefill": "dispatch",
     "tile_means": "plan_steps",
-    "write_kv": "cpu",
+    "write_kv": "dispatch",
 }
 
 __all__ = sorted(_EXPORTS)
