@@ -7,14 +7,22 @@ from importlib import import_module
 _EXPORTS = {
     "BlockIndices": "block_indices",
     "RowScores": "reference",
+    "SampledMass": "pattern_reference",
     "block_means": "plan_steps",
+    "cheapest_columns": "pattern_search",
+    "cheapest_threshold": "pattern_search",
+    "cheapest_union": "pattern_search",
+    "cheapest_window": "pattern_search",
     "gather_keys": "reference",
     "heaviest": "plan_steps",
     "index_lists": "plan_steps",
+    "least_keys": "pattern_search",
     "merge": "reference",
     "paged_decode": "dispatch",
     "row_scores": "row_scoring",
+    "sort_columns": "pattern_search",
     "sparse_prefill": "dispatch",
+    "tile_means": "plan_steps",
     "write_kv": "dispatch",
 }
 

@@ -81,8 +81,12 @@ def _library() -> ctypes.CDLL | str:
     library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
     library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
-    # Their structures are beside their wrappers, in row_scoring.py and plan_steps.py.
-    for name in ("row_scores", "block_means", "heaviest", "index_lists"):
+    # Their structures are beside their wrappers: row_scoring.py, plan_steps.py, pattern_search.py.
+    for name in (
+        "row_scores", "block_means", "tile_means", "heaviest", "index_lists",
+        "cheapest_window", "cheapest_columns", "cheapest_threshold", "cheapest_union",
+        "least_keys", "sort_columns",
+    ):  # fmt: skip
         getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library
 
@@ -322,6 +326,15 @@ def check_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:
             "multiple of KV heads"
         )
     check_cache(k_cache)
+    _check_rows(q=q)
+
+
+def check_queries(q: torch.Tensor) -> None:
+    """Raises ValueError where the kernels do not take these queries."""
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: got {q.dtype}; give one of {', '.join(map(str, DTYPES))}")
+    if q.shape[-1] % 16:
+        raise ValueError(f"q: got head size {q.shape[-1]}; it must be a multiple of 16")
     _check_rows(q=q)
 
 

@@ -11,7 +11,7 @@ import ctypes
 import torch
 
 from . import cpu, reference
-from .block_indices import BLOCK, BlockIndices
+from .block_indices import BLOCK, BlockIndices, num_tiles
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -19,6 +19,14 @@ _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
 class _BlockMeans(ctypes.Structure):
     _fields_ = [
         ("kv", cpu.PagedKV), ("dtype", _i64), ("head_size", _i64), ("seq_len", _i64),
+        ("heads", _ptr), ("num_heads", _i64), ("means", _ptr),
+    ]  # fmt: skip
+
+
+class _TileMeans(ctypes.Structure):
+    _fields_ = [
+        ("q", _ptr), ("q_row_stride", _i64), ("q_head_stride", _i64),
+        ("dtype", _i64), ("head_size", _i64), ("num_rows", _i64),
         ("heads", _ptr), ("num_heads", _i64), ("means", _ptr),
     ]  # fmt: skip
 
@@ -59,6 +67,23 @@ def block_means(
         means.data_ptr(),
     )  # fmt: skip
     cpu.check(library.vllm_sparse_block_means(ctypes.byref(args)), "block_means")
+    return means
+
+
+def tile_means(q: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """See `reference.tile_means`: same arguments, same meaning."""
+    library = cpu.native()
+    if library is None:
+        return reference.tile_means(q, heads)
+    cpu.check_queries(q)
+    rows, _, size = q.shape
+    means = torch.empty(heads.numel(), num_tiles(rows), size, dtype=torch.float32)
+    heads = heads.long().contiguous()
+    args = _TileMeans(
+        q.data_ptr(), *q.stride()[:2], cpu.DTYPES[q.dtype], size, rows, heads.data_ptr(),
+        heads.numel(), means.data_ptr(),
+    )  # fmt: skip
+    cpu.check(library.vllm_sparse_tile_means(ctypes.byref(args)), "tile_means")
     return means
 
 

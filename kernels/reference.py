@@ -298,6 +298,19 @@ def block_means(
     return torch.stack(blocks, 1) if blocks else keys
 
 
+def tile_means(q: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """Mean query of each tile of a chunk.
+
+    Args:
+        q: [Tq, H, D]; heads: int64 [h] query heads.
+
+    Returns:
+        fp32 [h, T, D]; the last tile's mean is that of the rows it has.
+    """
+    tiles = [part.mean(0) for part in q[:, heads].float().split(TILE)] if len(q) else []
+    return torch.stack(tiles, 1) if tiles else q.new_zeros(heads.numel(), 0, q.shape[2]).float()
+
+
 # Levels of mass: 16 to an octave, by the top bits of the float, and how many are told apart.
 MASS_SHIFT = 19
 MASS_LEVELS = 17 * 16

@@ -8,6 +8,8 @@
 #include "cpu_features.h"
 #include "heaviest.h"
 #include "index_lists.h"
+#include "last_rows.h"
+#include "pattern_search.h"
 #include "thread_pool.h"
 
 #define VLLM_SPARSE_API extern "C" __attribute__((visibility("default")))
@@ -37,6 +39,20 @@ std::atomic<const Kernels*> g_kernels{nullptr};
 const Kernels* kernels() {
   const Kernels* chosen = g_kernels.load();
   return chosen != nullptr ? chosen : available()[0];
+}
+
+// Runs a step that allocates for each head; 0 on success, 1 when memory ran out.
+template <class Args, class Step>
+int for_heads(const Args& args, int64_t heads, Step step) {
+  std::atomic<bool> failed{false};
+  const auto run = [&](int64_t head, float*) {
+    try {
+      step(args, head);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
+  };
+  return parallel_for(heads, 0, run) && !failed ? 0 : 1;
 }
 
 constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
@@ -190,6 +206,12 @@ VLLM_SPARSE_API int vllm_sparse_block_means(const BlockMeans* args) {
   return parallel_for(args->num_heads * blocks, 0, run) ? 0 : 1;
 }
 
+VLLM_SPARSE_API int vllm_sparse_tile_means(const TileMeans* args) {
+  const Kernels* k = kernels();
+  const auto run = [&](int64_t tile, float*) { k->tile_means(*args, tile); };
+  return parallel_for((args->num_rows + kTile - 1) / kTile, 0, run) ? 0 : 1;
+}
+
 VLLM_SPARSE_API int vllm_sparse_heaviest(const Heaviest* args) {
   const auto run = [&](int64_t head, float*) { heaviest(*args, head); };
   return parallel_for(args->heads, 0, run) ? 0 : 1;
@@ -198,4 +220,28 @@ VLLM_SPARSE_API int vllm_sparse_heaviest(const Heaviest* args) {
 VLLM_SPARSE_API int vllm_sparse_index_lists(const IndexLists* args) {
   const auto run = [&](int64_t tile, float*) { index_lists(*args, tile); };
   return parallel_for(args->tiles, 0, run) ? 0 : 1;
+}
+
+VLLM_SPARSE_API int vllm_sparse_cheapest_window(const WindowSearch* args) {
+  return for_heads(*args, args->mass.heads, search_window);
+}
+
+VLLM_SPARSE_API int vllm_sparse_cheapest_columns(const ColumnSearch* args) {
+  return for_heads(*args, args->mass.heads, search_columns);
+}
+
+VLLM_SPARSE_API int vllm_sparse_cheapest_threshold(const ThresholdSearch* args) {
+  return for_heads(*args, args->mass.heads, search_threshold);
+}
+
+VLLM_SPARSE_API int vllm_sparse_cheapest_union(const UnionSearch* args) {
+  return for_heads(*args, args->heads, search_union);
+}
+
+VLLM_SPARSE_API int vllm_sparse_least_keys(const LeastKeys* args) {
+  return for_heads(*args, args->mass.heads, count_least_keys);
+}
+
+VLLM_SPARSE_API int vllm_sparse_sort_columns(const SortColumns* args) {
+  return for_heads(*args, args->heads, sort_columns);
 }

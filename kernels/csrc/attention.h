@@ -95,6 +95,16 @@ struct BlockMeans {
   float* means;  // [h, nb, D]
 };
 
+// Mean query of each tile of a chunk.
+struct TileMeans {
+  const void* q;
+  int64_t q_row_stride, q_head_stride;
+  int64_t dtype, head_size, num_rows;
+  const int64_t* heads;  // [h] query heads
+  int64_t num_heads;
+  float* means;  // [h, T, D]
+};
+
 // Lanes of a tile that `rows` rows of a head take: full vectors, or a power of two of lanes.
 inline int lanes_of_rows(int64_t rows) {
   if (rows > 16) return static_cast<int>((rows + 15) / 16 * 16);
@@ -137,6 +147,7 @@ struct Kernels {
   size_t (*row_scores_scratch)(const RowScores&);
   void (*row_scores)(const RowScores&, const RowWork&, float* scratch);
   void (*block_means)(const BlockMeans&, int64_t index);  // counts heads x blocks
+  void (*tile_means)(const TileMeans&, int64_t tile);
 };
 
 const Kernels* generic_kernels();

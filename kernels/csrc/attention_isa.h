@@ -62,6 +62,14 @@ void block_means_any(const BlockMeans& a, int64_t index) {
   }
 }
 
+void tile_means_any(const TileMeans& a, int64_t tile) {
+  switch (a.dtype) {
+    case kFloat32: return tile_means<float>(a, tile);
+    case kBFloat16: return tile_means<BFloat16>(a, tile);
+    case kFloat16: return tile_means<Float16>(a, tile);
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           prefill_scratch,
@@ -71,7 +79,8 @@ constexpr Kernels make_kernels(const char* name) {
           decode_merge_any,
           row_scores_scratch,
           row_scores_any,
-          block_means_any};
+          block_means_any,
+          tile_means_any};
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // Exact attention of a few rows of some heads, reduced while it is made: the mass of each block of
 // keys, and the single keys that get most.
 //
-// The rows lie in the lanes as in prefill. Scores are made once, and their running sums give the
-// mass of the blocks: where no columns are wanted, no more than a block of scores is kept. Columns
-// need every row's total first, so the scores are kept for them and read once more: 4 MiB at 16K
-// keys, 256 bytes a key, for each thread.
+// The rows lie in the lanes as in prefill. Scores are made once, and the running sums of their
+// exponentials give the mass of the blocks: where no columns are wanted, no more than a block of
+// scores is kept. Columns need every row's total first, so the exponentials are kept for them and
+// read once more: 4 MiB at 16K keys, 256 bytes a key, for each thread.
 #pragma once
 
 #include <type_traits>
@@ -38,9 +38,9 @@ struct RowScratch {
   float* q;         // [D, 64], scaled
   float* keys;      // [64, D] in fp32; unused where the cache is
   float* mass;      // [nb, 64] of each block, against the maximum so far
-  float* top;       // [nb, 64] that maximum
+  float* top;       // [nb, 64] that maximum; at the end what makes shares of the row of it
   float* squares;   // [nb, 64]
-  float* scores;    // [64 nb, 64], or of one block where no columns are wanted
+  float* scores;    // [64 nb, 64] and their exponentials; one block where no columns are wanted
   float* worth;     // [64 nb] of each key as a column
   uint32_t* order;  // [2, 64 nb]
 
@@ -73,10 +73,11 @@ struct RowSums {
 };
 
 // Adds a block to the sums of one vector of rows, and notes what it added. With kHide, keys beyond
-// `sees` (relative to the block) are hidden from their rows.
+// `sees` (relative to the block) are hidden from their rows. With `keep`, exponentials replace the
+// scores.
 template <bool kHide>
-inline void add_block(float* scores, int count, IVec sees, bool want_squares, RowSums& sums,
-                      float* mass, float* block_top, float* block_squares) {
+inline void add_block(float* scores, int count, IVec sees, bool want_squares, bool keep,
+                      RowSums& sums, float* mass, float* block_top, float* block_squares) {
   Vec highest = splat(-kInf);
   Vec poison = sums.poison;
   for (int n = 0; n < count; ++n) {
@@ -95,13 +96,14 @@ inline void add_block(float* scores, int count, IVec sees, bool want_squares, Ro
   // A row that has seen nothing yet has top = -inf; subtracting 0 keeps its scores at -inf.
   const Vec base = select(top == -kInf, Vec{}, top);
   Vec sum = Vec{}, squares = Vec{};
-  if (want_squares) {
+  if (want_squares || keep) {
     for (int n = 0; n < count; ++n) {
       const Vec p = exp(load(scores + n * kTile) - base);
       sum += p;
       squares += p * p;
+      store(scores + n * kTile, p);
     }
-    store(block_squares, squares);
+    if (want_squares) store(block_squares, squares);
   } else {
     for (int n = 0; n < count; ++n) sum += exp(load(scores + n * kTile) - base);
   }
@@ -126,6 +128,7 @@ inline void write_blocks(const RowScores& a, const RowWork& w, const RowLanes& l
       const Vec gap = select(mass == 0.0f, Vec{}, load(s.top + at) - sums[c].top);
       const Vec share = exp(gap) * inverse[c];
       store(s.mass + at, mass * share);
+      store(s.top + at, share);
       if (a.squares != nullptr) store(s.squares + at, load(s.squares + at) * share * share);
     }
   }
@@ -142,14 +145,15 @@ inline void write_blocks(const RowScores& a, const RowWork& w, const RowLanes& l
 
 // One strip of a head's rows, for its columns.
 struct RowStrip {
-  const float* scores;  // of key 0
-  Vec top, inverse;
-  IVec until;        // per lane: the first block whose keys are no columns of it
-  int32_t farthest;  // the largest of these
+  const float* scores;  // exponentials, of key 0
+  const float* shares;  // of block 0: what makes shares of the row of them
+  IVec until;           // per lane: the first block whose keys are no columns of it
+  int32_t farthest;     // the largest of these
 
-  // The mass of a key of block `block` in each row, 0 where it is no column of the row.
+  // The mass of a key in each row, 0 where it is no column of the row.
   Vec mass(int64_t key, IVec outside) const {
-    return select(outside, Vec{}, exp(load(scores + key * kTile) - top) * inverse);
+    const Vec share = load(shares + key / kBlock * kTile);
+    return select(outside, Vec{}, load(scores + key * kTile) * share);
   }
   IVec outside(int32_t block, bool has_base) const {
     const IVec all = (IVec{} - 1);
@@ -157,7 +161,8 @@ struct RowStrip {
   }
 };
 
-// What each key is worth as a column of one head.
+// What each key is worth as a column of one head: its heaviest row, or all rows but that one.
+template <bool kByHeaviest>
 inline void rank_keys(const RowScores& a, const RowStrip* strips, int count, int64_t last_key,
                       float* worth) {
   const bool has_base = a.base_from != nullptr;
@@ -182,14 +187,14 @@ inline void rank_keys(const RowScores& a, const RowStrip* strips, int count, int
         if (key + n > last_key) continue;
         for (int i = 0; i < used; ++i) {
           const Vec p = strip[i]->mass(key + n, outside[i]);
-          sum[n] += p;
+          if constexpr (!kByHeaviest) sum[n] += p;
           most[n] = max(most[n], p);
         }
       }
       transpose(most);
       Vec heaviest = most[0];
       for (int i = 1; i < kLanes; ++i) heaviest = max(heaviest, most[i]);
-      if (a.by_heaviest == 0) {
+      if constexpr (!kByHeaviest) {
         transpose(sum);
         Vec total = sum[0];
         for (int i = 1; i < kLanes; ++i) total += sum[i];
@@ -241,18 +246,28 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
   int64_t sees[kTile];
   int32_t until[kTile] = {};
   for (int i = 0; i < kTile; ++i) sees[i] = -1;
-  std::memset(s.q, 0, head_size * kTile * sizeof(float));
+  const T* query[kTile] = {};
   for (int h = 0; h < w.heads; ++h) {
     for (int r = 0; r < lanes.rows; ++r) {
       const int lane = lanes.lane(h, r);
-      const T* q = static_cast<const T*>(a.q) + r * a.q_row_stride +
-                   a.heads[w.first + h] * a.q_head_stride;
-      for (int64_t d = 0; d < head_size; ++d) s.q[d * kTile + lane] = to_float(q[d]) * shape.scale;
+      query[lane] = static_cast<const T*>(a.q) + r * a.q_row_stride +
+                    a.heads[w.first + h] * a.q_head_stride;
       sees[lane] = a.positions[r] < a.seq_len ? a.positions[r] : a.seq_len - 1;
       if (sees[lane] < 0) continue;
       int64_t end = sees[lane] / kBlock + 1;
       if (a.base_from != nullptr && a.base_from[r] < end) end = a.base_from[r];
       until[lane] = static_cast<int32_t>(end);
+    }
+  }
+  for (int c = 0; c < lanes.vectors; ++c) {
+    for (int64_t d = 0; d < head_size; d += kLanes) {
+      Vec x[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* from = query[c * kLanes + i];
+        x[i] = from == nullptr ? Vec{} : load_row(from + d) * shape.scale;
+      }
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store(s.q + (d + i) * kTile + c * kLanes, x[i]);
     }
   }
   int64_t vector_sees[kVectors], vector_least[kVectors], last_key = -1;
@@ -305,18 +320,18 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
     score(s.q, row, now, head_size, begin, lanes.vectors, scores, ahead);
     for (int c = begin; c < lanes.vectors; ++c) {
       const int64_t at = first + c * kLanes;  // first is 64 keys for each block, as kTile is lanes
-      const bool want = a.squares != nullptr;
+      const bool want = a.squares != nullptr, keep = a.num_columns > 0;
       if (vector_least[c] >= first + now - 1) {
-        add_block<false>(scores + c * kLanes, now, IVec{}, want, sums[c], s.mass + at, s.top + at,
-                         s.squares + at);
+        add_block<false>(scores + c * kLanes, now, IVec{}, want, keep, sums[c], s.mass + at,
+                         s.top + at, s.squares + at);
       } else {
         IVec relative;
         for (int i = 0; i < kLanes; ++i) {
           const int64_t here = sees[c * kLanes + i] - first;
           relative[i] = here < 0 ? -1 : here < kBlock ? static_cast<int32_t>(here) : kBlock;
         }
-        add_block<true>(scores + c * kLanes, now, relative, want, sums[c], s.mass + at, s.top + at,
-                        s.squares + at);
+        add_block<true>(scores + c * kLanes, now, relative, want, keep, sums[c], s.mass + at,
+                        s.top + at, s.squares + at);
       }
     }
   }
@@ -329,8 +344,7 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
       const int c = lanes.vector(h, i);
       RowStrip& strip = strips[i];
       strip.scores = s.scores + c * kLanes;
-      strip.top = sums[c].top;
-      strip.inverse = sums[c].inverse();
+      strip.shares = s.top + c * kLanes;
       strip.farthest = 0;
       for (int j = 0; j < kLanes; ++j) {
         // Lanes of other heads have no columns here.
@@ -341,7 +355,8 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
       }
     }
     const int64_t slot = w.first + h;
-    rank_keys(a, strips, lanes.strips, last_key, s.worth);
+    const auto rank = a.by_heaviest != 0 ? rank_keys<true> : rank_keys<false>;
+    rank(a, strips, lanes.strips, last_key, s.worth);
     int64_t* columns = a.columns + slot * a.num_columns;
     top_columns(s.worth, a.seq_len, a.num_columns, s.order, columns);
     write_columns(a, strips, lanes, h, last_key, columns,

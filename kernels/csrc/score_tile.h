@@ -6,6 +6,8 @@
 namespace vllm_sparse {
 namespace {
 
+constexpr int kBlockRest = kBlock % kKeys;
+constexpr int kRest = kBlockRest > 0 ? kBlockRest : 1;
 constexpr int kScoreRows = (kBlock + kKeys - 1) / kKeys * kKeys;  // the last group may be padded
 
 // Rows to bring into the cache beside the scores of the block before. Without it a fifth of the
@@ -25,22 +27,22 @@ struct Ahead {
   }
 };
 
-// scores[i, ..] = sum_d rows[i][d] * q[d, ..] for kKeys rows and kWidth vectors of queries.
-template <int kWidth>
+// scores[i, ..] = sum_d rows[i][d] * q[d, ..] for kCount rows and kWidth vectors of queries.
+template <int kCount, int kWidth>
 inline void score_vectors(const float* q, const float* const* rows, int64_t head_size,
                           float* scores) {
-  Vec acc[kKeys][kWidth] = {};
+  Vec acc[kCount][kWidth] = {};
   for (int64_t d = 0; d < head_size; ++d, q += kTile) {
     Vec x[kWidth];
 #pragma GCC unroll 8
     for (int j = 0; j < kWidth; ++j) x[j] = load(q + j * kLanes);
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i)
+    for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < kWidth; ++j) acc[i][j] += rows[i][d] * x[j];
   }
 #pragma GCC unroll 8
-  for (int i = 0; i < kKeys; ++i)
+  for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 8
     for (int j = 0; j < kWidth; ++j) store(scores + i * kTile + j * kLanes, acc[i][j]);
 }
@@ -53,12 +55,19 @@ inline void score(const float* q, const float* const* keys, int count, int64_t h
     ahead.fetch();
     const float* row[kKeys];
     for (int i = 0; i < kKeys; ++i) row[i] = keys[n + i];
+    float* to = scores + n * kTile;
+    // Of a whole block fewer than kKeys rows are left at its end: padded they are 3% more work.
+    const bool rest = kBlockRest > 0 && count - n == kBlockRest;
     int c = first;
     for (; c + kVecs <= end; c += kVecs) {
-      score_vectors<kVecs>(q + c * kLanes, row, head_size, scores + n * kTile + c * kLanes);
+      if (rest) {
+        score_vectors<kRest, kVecs>(q + c * kLanes, row, head_size, to + c * kLanes);
+      } else {
+        score_vectors<kKeys, kVecs>(q + c * kLanes, row, head_size, to + c * kLanes);
+      }
     }
     for (; c < end; ++c) {
-      score_vectors<1>(q + c * kLanes, row, head_size, scores + n * kTile + c * kLanes);
+      score_vectors<kKeys, 1>(q + c * kLanes, row, head_size, to + c * kLanes);
     }
   }
 }

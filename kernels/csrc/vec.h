@@ -62,8 +62,10 @@ inline Vec interleave_high(Vec a, Vec b) { return __builtin_shufflevector(a, b, 
 // exp for x <= 0 (and a little above), 0 below -87.3 and for -inf; relative error below 2e-7.
 inline Vec exp(Vec x) {
   const Vec lowest = splat(-87.3f);
+#if !defined(__AVX512F__)
   const IVec vanishes = x < lowest;
   x = select(vanishes, lowest, x);
+#endif
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x * 1.44269504f + magic;
   const Vec n = shifted - magic;
@@ -75,6 +77,10 @@ inline Vec exp(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
+#if defined(__AVX512F__)
+  const __mmask16 stays = _mm512_cmp_ps_mask((__m512)x, (__m512)lowest, _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(stays, (__m512)p, (__m512)n);
+#else
   IVec bits;
   std::memcpy(&bits, &shifted, sizeof(bits));
   bits <<= 23;  // the integer sits in the low mantissa bits
@@ -84,6 +90,7 @@ inline Vec exp(Vec x) {
   Vec y;
   std::memcpy(&y, &result, sizeof(y));
   return select(vanishes, Vec{}, y);
+#endif
 }
 
 inline float bits_to_float(uint32_t bits) {

@@ -41,14 +41,19 @@ def test_block_means(steps, n, dtype, head_size):
         torch.testing.assert_close(means[:, block].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_block_means_of_queries_in_tiles(steps):
-    """Queries are pooled as a cache of one page a tile."""
-    queries = torch.randn(192, 5, 64)
-    tiles = queries.unflatten(0, (3, 64)).transpose(1, 2)
-    table = torch.arange(3, dtype=torch.int32)
-    means = steps.block_means(tiles, table, 192, torch.tensor([1, 4]))
-    wanted = queries[:, [1, 4]].unflatten(0, (3, 64)).mean(1).transpose(0, 1)
-    torch.testing.assert_close(means, wanted)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 63, 64, 65, 191, 256])
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+def test_tile_means(steps, rows, dtype, head_size):
+    # A view, as the queries are one of queries, keys and values.
+    whole = torch.randn(rows + 2, 7, head_size + 16).to(dtype)
+    q, heads = whole[1 : rows + 1, 2:, 16:], torch.tensor([4, 1, 2])
+    whole[0], whole[-1], whole[:, :2] = torch.nan, torch.nan, torch.nan
+    means = steps.tile_means(q, heads)
+    assert means.shape == (3, -(-rows // 64), head_size) and means.dtype == torch.float32
+    for tile in range(means.shape[1]):
+        wanted = q[tile * 64 : tile * 64 + 64, heads].double().mean(0)
+        torch.testing.assert_close(means[:, tile].double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_block_means_of_what_is_not_finite(steps):
@@ -137,5 +142,9 @@ def test_arguments_that_do_not_fit():
         plan_steps.index_lists(
             torch.ones(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1).long(), torch.zeros(1)
         )
+    with pytest.raises(ValueError, match=r"q: got torch\.float64"):
+        plan_steps.tile_means(torch.zeros(3, 2, 64).double(), torch.zeros(1).long())
+    with pytest.raises(ValueError, match="q: got head size 24"):
+        plan_steps.tile_means(torch.zeros(3, 2, 24), torch.zeros(1).long())
     with pytest.raises(ValueError, match="pages of 24"):
         plan_steps.block_means(torch.zeros(1, 1, 24, 64), torch.zeros(1).int(), 9, torch.zeros(1))

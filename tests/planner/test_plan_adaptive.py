@@ -126,10 +126,11 @@ def test_even_attention_is_dense():
     assert indices.columns.numel() == 0
 
 
-@pytest.mark.parametrize("n", [2048, 4096])
-def test_even_attention_is_found_out_by_a_handful_of_rows(n: int, monkeypatch):
+@pytest.mark.parametrize("n", [2048, 4096, 5000])
+def test_even_attention_is_found_out_before_a_search(n: int, monkeypatch):
     """A search in vain is 2% of the time to first token at 2K."""
     monkeypatch.setattr(adaptive, "measure", None)
+    monkeypatch.setattr(adaptive, "compete", None)
     heads = Heads(n)
     indices = plan(torch.stack([heads.uniform()] * 2, 1), heads.keys[None])
     assert torch.equal(indices.blocks, BlockIndices.everything([n], [n], 2).blocks)

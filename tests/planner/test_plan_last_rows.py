@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparse.planner.last_rows import heaviest, select
+from vllm_sparse.kernels import heaviest
+from vllm_sparse.planner.last_rows import select
 
 
 def masses(rows: int, n: int, power: float, seed: int) -> torch.Tensor:

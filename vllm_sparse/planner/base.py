@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 
 from vllm_sparse.kernels import BlockIndices, index_lists
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, num_tiles
 
-# Keys of a block that one gathered column costs as much as: 1.15 in fp32 (1024 columns against 16
-# blocks, D = 128), where the heads of a KV head share the blocks they read and not the columns.
-COLUMN_COST = 1.15
 # Above this share of the dense cost a selection does not pay: indexed blocks run at about 0.85 of
 # the dense rate.
 MAX_COST = 0.8
@@ -59,9 +56,14 @@ class Chunk:
         return self.last_key // BLOCK
 
     @cached_property
+    def block(self) -> torch.Tensor:
+        """int64 [nb]: 0, 1, .."""
+        return torch.arange(self.blocks, device=self.device)
+
+    @cached_property
     def offsets(self) -> torch.Tensor:
         """int64 [T, nb]: block offset of each key block for each tile; negative: in the future."""
-        return self.last_block[:, None] - torch.arange(self.blocks, device=self.device)
+        return self.last_block[:, None] - self.block
 
     @cached_property
     def causal(self) -> torch.Tensor:
@@ -76,16 +78,34 @@ class Chunk:
         base[:, 0] = True
         return base
 
-    def dense_cost(self, tiles: int) -> float:
-        """Keys that each of the first `tiles` tiles reads on average when dense."""
-        ends = (min(self.start + (t + 1) * TILE, self.seq_len) for t in range(tiles))
-        return sum(ends) / tiles if tiles else 0.0
+    @cached_property
+    def flat_offsets(self) -> torch.Tensor:
+        """int64 [T nb]: the offsets, 0 in the future."""
+        return self.offsets.clamp(min=0).flatten()
 
-    def base_cost(self, tiles: int) -> float:
-        """Keys of base blocks that each of the first `tiles` tiles reads on average."""
-        last = (min(self.start + (t + 1) * TILE, self.seq_len) - 1 for t in range(tiles))
-        # Block 0, and the last two where they are others.
-        return sum(min(key // BLOCK, 2) + 1 for key in last) / tiles * BLOCK
+    @cached_property
+    def base_cost(self) -> float:
+        """Keys of base blocks that a tile before the last reads on average."""
+        ends = self._body_ends
+        return sum(min(-(-end // BLOCK), 3) for end in ends) / len(ends) * BLOCK if ends else 0.0
+
+    @cached_property
+    def dense_cost(self) -> float:
+        """Keys that a tile before the last reads on average when dense."""
+        ends = self._body_ends
+        return sum(ends) / len(ends) if ends else 0.0
+
+    @property
+    def _body_ends(self) -> list[int]:
+        """Keys that the last row of each tile before the last sees; no tensor, which might lie on
+        a GPU."""
+        return [self.start + (tile + 1) * TILE for tile in range(self.tiles - 1)]
+
+
+@lru_cache(maxsize=8)
+def chunk_of(query_len: int, seq_len: int, device: torch.device) -> Chunk:
+    """A chunk whose tensors are shared: the layers of a step ask for the same."""
+    return Chunk(query_len, seq_len, device)
 
 
 @dataclass
@@ -137,14 +157,3 @@ class Selection:
     def build(self) -> BlockIndices:
         """CSR lists, without what causality hides and without columns inside selected blocks."""
         return index_lists(self.blocks, self.columns, self.chunk.last_key)
-
-
-def columns_ascending(
-    positions: torch.Tensor, keep: torch.Tensor, unused: int, *, cut: bool = True
-) -> torch.Tensor:
-    """Positions [h, M] where `keep` holds, ascending, then -1; cut to the longest row."""
-    order = positions.masked_fill(~keep, unused).sort(-1).values
-    order = order.masked_fill(order == unused, -1)
-    if not cut:
-        return order
-    return order[:, : int(keep.sum(-1).max())] if keep.numel() else order[:, :0]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_sparse.kernels import BlockIndices
+from vllm_sparse.kernels import BlockIndices, SampledMass, pattern_reference
 from vllm_sparse.kernels.block_indices import TILE
 from vllm_sparse.kernels.gpu.block_means import block_means
 from vllm_sparse.kernels.gpu.index_lists import index_lists_of, upload
@@ -20,8 +20,8 @@ from vllm_sparse.kernels.gpu.row_scores import row_scores
 from vllm_sparse.patterns import HeadPattern
 
 from . import a_shape, adaptive, block_sparse, last_rows, vertical_slash
-from .base import MAX_COST, Chunk, columns_ascending
-from .samples import MAX_ROWS, MIN_ROWS, ROWS_EACH, sample_rows
+from .base import MAX_COST, Chunk
+from .samples import MAX_ROWS, MIN_ROWS, PROBE_ROWS, ROWS_EACH, sample_rows
 from .scores import Keys
 
 SHORT_BLOCKS = 8  # as in `plan`
@@ -133,7 +133,7 @@ def _plan_chunk(
         blocks[:, index] = a_shape.fixed(chunk, numbers(heads, "sink"), numbers(heads, "window"))
     heads, index = heads_of(lambda p: p.fixed and p.kind == "block_sparse")
     if heads:
-        score = _pooled_scores(chunk, queries, keys, index)
+        score = _pooled_scores(queries, keys, index)
         blocks[:, index] = block_sparse.fixed(chunk, score, numbers(heads, "blocks"))
     group = len(patterns) // keys.heads
     vertical = [i for i, p in enumerate(patterns) if p.fixed and p.kind == "vertical_slash"]
@@ -145,7 +145,9 @@ def _plan_chunk(
         mass = keys.attention(queries[first:, index], chunk.start + rows, kv).transpose(0, 1)
         counts = numbers(heads, "vertical"), numbers(heads, "slash")
         most = max(patterns[i].vertical for i in heads)
-        blocks[:, index], position = vertical_slash.fixed(chunk, mass, *counts, most=most)
+        blocks[:, index], position = vertical_slash.fixed(
+            chunk, mass, *counts, most=most, ascending=_ascending
+        )
         for part in columns:
             part.append((index, position))
     heads, index = heads_of(lambda p: not p.fixed and not is_dense(p))
@@ -175,12 +177,29 @@ def _joined(parts: list[Columns], heads: int, tiles: int) -> torch.Tensor | None
     return joined.expand(tiles, -1, -1)
 
 
-def _pooled_scores(
-    chunk: Chunk, queries: torch.Tensor, keys: DeviceKeys, heads: torch.Tensor
-) -> torch.Tensor:
+def _ascending(columns: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """`kernels.sort_columns`, as wide as what is given: what is needed only the device knows."""
+    last = torch.iinfo(columns.dtype).max
+    order = columns.masked_fill(~keep, last).sort(-1).values
+    return order.masked_fill(order == last, -1).to(torch.int32)
+
+
+def _tile_means(queries: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+    """`kernels.tile_means` by the GPU's mean of blocks: a tile is a page of queries."""
+    whole = queries.shape[0] // TILE
+    tiles = queries[: whole * TILE].unflatten(0, (whole, TILE)).transpose(1, 2)
+    table = torch.arange(whole, dtype=torch.int32, device=queries.device)
+    mean = block_means(tiles, table, whole * TILE, heads)
+    if whole * TILE == queries.shape[0]:
+        return mean
+    rest = queries[whole * TILE :, heads].float().mean(0)
+    return torch.cat([mean, rest[:, None]], 1)
+
+
+def _pooled_scores(queries: torch.Tensor, keys: DeviceKeys, heads: torch.Tensor) -> torch.Tensor:
     group = queries.shape[1] // keys.heads
-    pooled_q = block_sparse.pooled_queries(chunk, queries, heads, block_means)
-    return block_sparse.scores(chunk, pooled_q, keys.block_means(heads // group), keys.scale)
+    pooled_k = keys.block_means(heads // group)
+    return block_sparse.scores(_tile_means(queries, heads), pooled_k, keys.scale)
 
 
 def _adaptive(
@@ -192,54 +211,39 @@ def _adaptive(
     columns: list[list[Columns]],
 ) -> None:
     """`adaptive.plan` for all heads of the request at once, into blocks and columns."""
-    heads, coverage, kinds = request.heads, request.coverage, request.kinds
-    body_rows = (chunk.tiles - 1) * TILE
-    count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS) if body_rows else 0
-    sample = sample_rows(body_rows, count, chunk.device)
-    measured = adaptive.measure(chunk, request, queries, keys, sample)
-    dense = ~measured.finite
-    if body_rows:
-        dense = dense | adaptive.probe(chunk, request, queries, keys, body_rows)
-        samples = measured.samples
-        a_cost, offset = a_shape.candidate(chunk, samples, coverage)
-        a_cost = a_cost.masked_fill(~kinds[:, 0], torch.inf)
-        # The candidates that the CPU's planner would not look for do not compete here either.
-        v_cost, diagonals, keep = vertical_slash.candidate(chunk, samples, coverage)
-        looked = (a_cost > adaptive.NARROW * samples.base_cost) & kinds[:, 1]
-        v_cost = v_cost.masked_fill(~looked, torch.inf)
-        dense_cost = chunk.dense_cost(samples.body)
-        score = _pooled_scores(chunk, queries, keys, heads)
-        b_cost, tile_blocks = block_sparse.candidate(chunk, samples, score, coverage)
-        looked = (torch.minimum(a_cost, v_cost) > adaptive.GOOD * dense_cost) & kinds[:, 2]
-        b_cost = b_cost.masked_fill(~looked, torch.inf)
-        least, kind = torch.stack([a_cost, v_cost, b_cost], 1).min(1)
-        dense = dense | ~(least < MAX_COST * dense_cost)
-        chosen = torch.where(
-            (kind == 0)[:, None], a_shape.mask(chunk, offset), vertical_slash.mask(chunk, diagonals)
-        )
-        chosen = torch.where((kind == 2)[:, None], tile_blocks.transpose(0, 1), chosen)
-        single = keep & ((kind == 1) & ~dense)[:, None]
-        position = columns_ascending(samples.columns, single, chunk.seq_len, cut=False)
+    heads = request.heads
+    if chunk.tiles > 1:
+        dense, chosen, position = _body(chunk, request, queries, keys)
     else:
+        dense = torch.zeros_like(heads, dtype=torch.bool)
         chosen = chunk.causal[:, None].expand(-1, len(heads), -1)
-        position = torch.zeros_like(heads)[:, None] - 1
-    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
-    columns[0].append((heads, position))
+        position = torch.full_like(heads, -1, dtype=torch.int32)[:, None]
 
-    # The last rows: as `adaptive.finish`.
-    first = chunk.query_len - len(measured.rows)
+    # The last rows: as `adaptive.measure` and `adaptive.finish`.
+    first = max(chunk.query_len - TILE, 0)
+    rows = torch.arange(first, chunk.query_len, device=chunk.device)
+    measured = keys.score(
+        queries[first:], chunk.start + rows, heads, by_heaviest=True,
+        columns=min(adaptive.column_count(chunk), adaptive.LAST_COLUMNS),
+        base_from=chunk.last_block[rows // TILE] - 1,
+    )  # fmt: skip
+    dense = dense | ~measured.blocks.sum((1, 2)).isfinite()
+    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
+    position = position.masked_fill(dense[:, None], -1)
     body = first // TILE
+    columns[0].append((heads, position))
+    counts = last_rows.counts(measured.columns.shape[1])
     for tile in range(body, chunk.tiles):
-        rows = slice(max(tile * TILE - first, 0), (tile + 1) * TILE - first)
-        wanted, single = last_rows.select(
-            measured.blocks[:, rows],
+        part = slice(max(tile * TILE - first, 0), (tile + 1) * TILE - first)
+        wanted, single = pattern_reference.cheapest_union(
+            measured.blocks[:, part],
             chunk.base[tile] & chunk.causal[tile],
             measured.columns,
-            measured.column_mass[:, rows],
-            coverage,
+            measured.column_mass[:, part],
+            request.coverage,
+            counts,
         )
-        single = single & ~dense[:, None]
-        mine = columns_ascending(measured.columns, single, chunk.seq_len, cut=False)
+        mine = _ascending(measured.columns, single & ~dense[:, None])
         if tile < chunk.tiles - 1:
             wanted = wanted | chosen[tile]
             mine = torch.cat([position, mine], 1).sort(1).values
@@ -249,3 +253,54 @@ def _adaptive(
         chosen[tile] = torch.where(dense[:, None], chunk.causal[tile], wanted)
         columns[tile - body + 1].append((heads, mine))
     blocks[:, heads] = chosen
+
+
+def _body(
+    chunk: Chunk, request: adaptive.Request, queries: torch.Tensor, keys: DeviceKeys
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`adaptive.plan_body`: heads bool [h] that read everything, blocks bool [T, h, nb], columns
+    int32 [h, M] of the tiles before the last."""
+    heads, coverage, kinds = request.heads, request.coverage, request.kinds
+    probing = chunk.seq_len > adaptive.PROBE_FROM
+    body_rows = (chunk.tiles - 1) * TILE
+
+    def score(count: int, **wanted) -> tuple[SampledMass, object, torch.Tensor]:
+        rows = sample_rows(body_rows, min(count, body_rows), chunk.device)
+        tiles = rows // TILE
+        if "columns" in wanted:
+            wanted["base_from"] = chunk.last_block[tiles] - 1
+        scores = keys.score(queries[rows], chunk.start + rows, heads, **wanted)
+        seen = (chunk.start + rows + 1).sum()
+        return SampledMass(scores.blocks, tiles, chunk.last_block), scores, seen
+
+    count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS)
+    mass, scores, seen = score(count, columns=adaptive.column_count(chunk), squares=not probing)
+    dense = ~mass.blocks.sum((1, 2)).isfinite()
+    few, probe, keys_seen = score(PROBE_ROWS, squares=True) if probing else (mass, scores, seen)
+    least = pattern_reference.least_keys(few, coverage, probe.squares)
+    dense = dense | (least > adaptive.HOPELESS * keys_seen)
+
+    # As `adaptive.compete`; what it would not look for does not compete here either.
+    window, offset = pattern_reference.cheapest_window(mass, coverage)
+    window = window.masked_fill(~kinds[:, 0], torch.inf)
+    looked = kinds[:, 1] & (window > adaptive.NARROW * chunk.base_cost)
+    slash, diagonals, keep = pattern_reference.cheapest_columns(
+        mass, coverage, scores.columns, scores.column_mass, chunk.start, looked
+    )
+    use_window = window <= slash
+    diagonals = torch.where(use_window[:, None], chunk.block <= offset[:, None], diagonals)
+    cost = torch.minimum(window, slash)
+    good = max(adaptive.GOOD * chunk.dense_cost, adaptive.NARROW * chunk.base_cost)
+    pooled, tile_blocks = pattern_reference.cheapest_threshold(
+        mass, coverage, _pooled_scores(queries, keys, heads)
+    )
+    pooled = pooled.masked_fill(~(kinds[:, 2] & (cost > good)), torch.inf)
+    use_blocks = pooled < cost
+    cost = torch.minimum(cost, pooled)
+    dense = dense | ~(cost < MAX_COST * chunk.dense_cost)
+    chosen = torch.where(
+        use_blocks[:, None], tile_blocks.transpose(0, 1), vertical_slash.mask(chunk, diagonals)
+    )
+    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
+    keep = keep & ~(dense | use_window | use_blocks)[:, None]
+    return dense, chosen, _ascending(scores.columns, keep)

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.kernels import heaviest
-from vllm_sparse.kernels.block_indices import BLOCK
-
-from .base import COLUMN_COST
+from vllm_sparse.kernels import cheapest_union
 
 # How many single columns are tried beside whole blocks.
 COLUMN_COUNTS = (0, 32)
@@ -36,24 +33,9 @@ def select(
     Returns:
         blocks bool [h, nb], base included; columns bool [h, M], outside the blocks.
     """
-    rest = blocks.masked_fill(base, 0.0)
-    missing = coverage[:, None] - (blocks * base).sum(-1)
-    block_of = columns // BLOCK
-    best_cost = torch.full_like(coverage, torch.inf)
-    best_blocks = base.expand(blocks.shape[0], -1).clone()
-    best_columns = torch.zeros_like(columns, dtype=torch.bool)
-    counts = {min(count, columns.shape[1]) for count in (*COLUMN_COUNTS, columns.shape[1])}
-    for count in sorted(counts):
-        mass = column_mass[..., :count]
-        left = rest.scatter_add(2, block_of[:, None, :count].expand_as(mass), -mass)
-        need = missing - mass.sum(-1)
-        chosen = heaviest(left, need).any(1) | base
-        single = ~chosen.gather(1, block_of[:, :count])
-        single &= mass.amax(1) > 0 if count else single
-        cost = chosen.sum(1).float() * BLOCK + single.sum(1).float() * COLUMN_COST
-        better = cost < best_cost
-        best_cost = torch.where(better, cost, best_cost)
-        best_blocks = torch.where(better[:, None], chosen, best_blocks)
-        best_columns[:, count:] &= ~better[:, None]
-        best_columns[:, :count] = torch.where(better[:, None], single, best_columns[:, :count])
-    return best_blocks, best_columns
+    return cheapest_union(blocks, base, columns, column_mass, coverage, counts(columns.shape[1]))
+
+
+def counts(width: int) -> tuple[int, ...]:
+    """How many of `width` candidate columns are tried."""
+    return tuple(sorted({min(count, width) for count in (*COLUMN_COUNTS, width)}))

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import torch
 
-from vllm_sparse.kernels import BlockIndices
+from vllm_sparse.kernels import BlockIndices, tile_means
 from vllm_sparse.patterns import HeadPattern
 
 from . import a_shape, adaptive, block_sparse, vertical_slash
-from .base import Chunk, Selection
+from .base import Chunk, Selection, chunk_of
 from .scores import Keys
 
 # With so few blocks a selection cannot save what making it costs.
@@ -58,7 +58,7 @@ def plan_prefill(
         return BlockIndices.everything(query_lens, lengths, q.shape[1], q.device)
     parts = []
     for s, (query_len, seq_len) in enumerate(zip(query_lens, lengths, strict=True)):
-        chunk = Chunk(query_len, seq_len, q.device)
+        chunk = chunk_of(query_len, seq_len, q.device)
         if query_len == 0 or chunk.blocks <= SHORT_BLOCKS:
             part = BlockIndices.everything([query_len], [seq_len], q.shape[1], q.device)
         else:
@@ -99,8 +99,7 @@ def plan_chunk(
         index = torch.tensor(heads, device=chunk.device)
         group = len(patterns) // keys.heads
         score = block_sparse.scores(
-            chunk,
-            block_sparse.pooled_queries(chunk, queries, index),
+            tile_means(queries, index),
             keys.block_means(index // group),
             keys.scale,
         )

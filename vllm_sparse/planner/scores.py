@@ -41,5 +41,7 @@ class Keys:
 
     def block_means(self, kv_heads: torch.Tensor) -> torch.Tensor:
         """Mean key of each block, fp32 [h, nb, D], of KV heads [h]; they may repeat."""
-        distinct, place = kv_heads.unique(return_inverse=True)
-        return block_means(self.cache, self.table, self.length, distinct)[place]
+        wanted = kv_heads.tolist()
+        distinct = sorted(set(wanted))
+        means = block_means(self.cache, self.table, self.length, torch.tensor(distinct))
+        return means[torch.tensor([distinct.index(head) for head in wanted], device=means.device)]
