@@ -25,7 +25,7 @@ VLLM_FILES = {
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "compat", "cpu_platform", "log", "backend", "metadata", "impl", "metrics",
-        "cuda_backend", "cuda_metadata", "cuda_impl", "check", "linear", "models",
+        "cuda_backend", "cuda_metadata", "cuda_impl", "check", "needle", "linear", "models",
         "cpu_offload.connector", "cpu_offload.kv_spec",
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from vllm_sparse import __version__
+from vllm_sparse.search import commands
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,6 +156,9 @@ def bench(
     command = [sys.executable, "-m", f"benchmarks.{name}", *context.args]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": search})
     raise typer.Exit(done.returncode)
+
+
+commands.register(app)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import UserError
+from .files import write_whole
 
 SCHEMA_VERSION = 1
 MAX_FILE_BYTES = 64 << 20  # 4,096 layers x 128 heads at 128 bytes each
@@ -31,6 +32,8 @@ Scalar = bool | int | float | Text | None
 Values = Scalar | Annotated[list[Scalar], Field(max_length=MAX_HEADS)]
 Extra = Annotated[dict[Text, Values], Field(max_length=MAX_EXTRA)]
 
+Table = Annotated[list[list[float | None]], Field(max_length=MAX_LAYERS)]
+
 Kind = Literal["adaptive", "dense", "a_shape", "vertical_slash", "block_sparse"]
 
 # The fields that give a kind its fixed budget, all or none; `coverage` stands in their place.
@@ -43,7 +46,7 @@ BUDGET: dict[str, tuple[str, ...]] = {
 }
 
 
-class PatternError(ValueError):
+class PatternError(UserError, ValueError):
     """A pattern or pattern file that cannot be used; the message says why and what is allowed."""
 
 
@@ -107,18 +110,21 @@ ADAPTIVE = HeadPattern()
 
 
 class ModelInfo(_Strict):
-    """The model that a file's patterns belong to. `rope` holds its rotary settings by name."""
+    """The model that a file's patterns belong to. `rope` holds its rotary settings by name.
+
+    KV heads and head size are None where an imported file does not tell them.
+    """
 
     name: Text
     layers: Annotated[int, Field(ge=1, le=MAX_LAYERS, strict=True)]
     heads: Annotated[int, Field(ge=1, le=MAX_HEADS, strict=True)]
-    kv_heads: Annotated[int, Field(ge=1, le=MAX_HEADS, strict=True)]
-    head_size: Annotated[int, Field(ge=1, le=4096, strict=True)]
+    kv_heads: Annotated[int, Field(ge=1, le=MAX_HEADS, strict=True)] | None = None
+    head_size: Annotated[int, Field(ge=1, le=4096, strict=True)] | None = None
     rope: Extra = {}
 
     @model_validator(mode="after")
     def _groups(self) -> ModelInfo:
-        if self.heads % self.kv_heads:
+        if self.kv_heads is not None and self.heads % self.kv_heads:
             raise ValueError(
                 f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}; "
                 "allowed: a divisor"
@@ -129,14 +135,16 @@ class ModelInfo(_Strict):
 class PatternFile(_Strict):
     """The patterns of a model's heads, by layer and by head; a head without one is adaptive.
 
-    `settings` says how the patterns were found, `tools` with which versions of what. `phi` holds,
-    by layer, the constant maximum of each query head for decode with softmax "unified".
+    `settings` says how the patterns were found, `tools` with which versions of what, and
+    `measured` what a search measured of each head's pattern: tables by name, [layer][head]. `phi`
+    holds, by layer, the constant maximum of each query head for decode with softmax "unified".
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
     model: ModelInfo
     settings: Extra = {}
     tools: Extra = {}
+    measured: Annotated[dict[Text, Table], Field(max_length=MAX_EXTRA)] = {}
     layers: dict[int, dict[int, HeadPattern]] = {}
     phi: dict[int, Phi] = {}
 
@@ -161,6 +169,10 @@ class PatternFile(_Strict):
                         f"head {head} of layer {layer} does not exist; "
                         f"allowed: {_to(self.model.heads)}"
                     )
+        shape = f"{self.model.layers} layers of {self.model.heads} heads"
+        for name, table in self.measured.items():
+            if len(table) != self.model.layers or any(len(r) != self.model.heads for r in table):
+                raise ValueError(f"measured.{shown(name)[1:-1]} is not a table of {shape}")
         return self
 
     @model_validator(mode="after")
@@ -213,16 +225,7 @@ class PatternFile(_Strict):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file, whole or not at all."""
         text = json.dumps(self.model_dump(mode="json", exclude_none=True), indent=1) + "\n"
-        target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from a server's user
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, text)
 
     def for_layer(
         self, layer: int, head_start: int = 0, head_count: int | None = None
@@ -261,6 +264,7 @@ class PatternFile(_Strict):
             ("kv_heads", self.model.kv_heads, kv_heads),
             ("head_size", self.model.head_size, head_size),
         ]
+        pairs = [pair for pair in pairs if pair[1] is not None]  # not known
         if name is not None:
             pairs.insert(0, ("name", self.model.name, name))
         for key, value in (rope or {}).items():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_sparse.errors import UserError
 from vllm_sparse.patterns import ModelInfo, shown
 
 NAME = "vllm_sparse_capture"
@@ -25,7 +26,7 @@ SPECIAL = {"softcap": "logits soft-capping", "s_aux": "attention sinks"}
 _visit: Callable[[LayerInputs], None] | None = None
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model that cannot be loaded or run; the message says why and what to do."""
 
 
@@ -84,7 +85,27 @@ def model_info(model: torch.nn.Module, name: str) -> ModelInfo:
     Raises:
         ModelError: its config does not tell them.
     """
-    config = model.config.get_text_config()
+    return _info(model.config, name)
+
+
+def config_info(name: str) -> ModelInfo:
+    """The same from the config alone, without loading the model.
+
+    Raises:
+        ModelError: it cannot be loaded, or does not tell them.
+    """
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"config of {shown(name)} cannot be loaded: {said}") from error
+    return _info(config, name)
+
+
+def _info(config: Any, name: str) -> ModelInfo:
+    config = config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
     if not heads or not layers:
