@@ -279,6 +279,20 @@ class HostStore:
         part = self._part(layer)[:, at.rows_bytes :][:, : at.kv_heads * at.page_rows * 8]
         return part.view(torch.float32).unflatten(1, (at.kv_heads, at.page_rows, 2))
 
+    def read(self, slot: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, ...]:
+        request, size = self.of(slot), self.layout.page_rows
+        if not 0 <= first <= last <= request.lengths[layer]:
+            raise ValueError(
+                f"read: rows {first} to {last} are not among the {request.lengths[layer]} of "
+                f"request {request.name!r}"
+            )
+        at = torch.arange(first, last)
+        pages = torch.tensor(request.pages or [0])[at // size]
+        both = self.rows(layer)[pages, :, at % size]  # [n, Hkv, 2, D]
+        if self.layout.dtype == torch.int8:
+            both = both.float() * self.scales(layer)[pages, :, at % size][..., None]
+        return both[:, :, 0], both[:, :, 1]
+
     def close(self) -> None:
         self.requests.clear()
         self._memory = self._table = None

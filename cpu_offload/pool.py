@@ -5,46 +5,23 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from . import reference, ring
+from . import ring
 from .actors import Actors, ProcessHandle, ThreadHandle, spare_cpus, tasks_for
 from .host_store import HostStore
 from .layout import PAGE_ROWS, Layout
 from .ring import Ring
 from .sampling import Sampling
+from .tickets import Capacity, Ticket, answer_in_torch
 from .worker import Task
 
 KINDS = ("inline", "thread", "process", "ray")
 DEADLINE = 0.25  # seconds
 OPEN_TICKETS = 2  # kDepth in csrc/ring.h
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Attention that was asked for and is to be collected."""
-
-    number: int
-    layer: int
-    q: torch.Tensor
-    slots: tuple[int, ...]
-    first: tuple[int, ...]
-    last: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """Of a pool; rows count once, however many layers they have."""
-
-    pages: int
-    free_pages: int  # idle ones, whose keys are still found, included
-    page_rows: int
-    page_bytes: int
-    max_requests: int
-    max_tokens: int
 
 
 class Pool:
@@ -290,18 +267,7 @@ class Pool:
 
     def read(self, slot: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, ...]:
         """k, v: [last - first, kv_heads, head_size], copies of the rows, int8 ones as float32."""
-        request, size = self.store.of(slot), self.layout.page_rows
-        if not 0 <= first <= last <= request.lengths[layer]:
-            raise ValueError(
-                f"read: rows {first} to {last} are not among the {request.lengths[layer]} of "
-                f"request {request.name!r}"
-            )
-        at = torch.arange(first, last)
-        pages = torch.tensor(request.pages or [0])[at // size]
-        both = self.store.rows(layer)[pages, :, at % size]  # [n, Hkv, 2, D]
-        if self.layout.dtype == torch.int8:
-            both = both.float() * self.store.scales(layer)[pages, :, at % size][..., None]
-        return both[:, :, 0], both[:, :, 1]
+        return self.store.read(slot, layer, first, last)
 
     # Attention
 
@@ -346,7 +312,10 @@ class Pool:
         Answers what nobody has begun with, waits for the rest, and answers what does not come.
         """
         if self._ring is None:
-            return self._collect_in_torch(ticket, out, lse)
+            read = answer_in_torch(self.store, ticket, out, lse)
+            self._counts["rows_read"] += read
+            self._counts["rows_there"] += read
+            return
         self._open_tickets.remove(ticket.number)
         direct = out.dtype == torch.float32 and out.is_contiguous() and out.device.type == "cpu"
         o = out if direct else torch.empty(out.shape)
@@ -369,20 +338,6 @@ class Pool:
             self._actors.ended(actor)
         if answers.rescued:
             self.look()
-
-    def _collect_in_torch(self, ticket: Ticket, out: torch.Tensor, lse: torch.Tensor) -> None:
-        group = self.heads // self.layout.kv_heads
-        for b, slot in enumerate(ticket.slots):
-            first, last = ticket.first[b], max(ticket.first[b], ticket.last[b])
-            k, v = self.read(slot, ticket.layer, first, last)
-            for h in range(self.layout.kv_heads):
-                mine = slice(h * group, (h + 1) * group)
-                o, e = reference.gathered_attention(
-                    ticket.q[b, mine].float(), k[:, h].float(), v[:, h].float(), None, self.scale
-                )
-                out[b, mine], lse[b, mine] = o.to(out.dtype), e
-            self._counts["rows_read"] += (last - first) * self.layout.kv_heads
-            self._counts["rows_there"] += (last - first) * self.layout.kv_heads
 
     # The whole
 
