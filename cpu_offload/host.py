@@ -107,10 +107,12 @@ def load(file: str) -> ctypes.CDLL:
     for name, *arguments in (
         ("ask", _ptr, _ptr, _ptr), ("collect", _ptr, _ptr, _ptr), ("serve", _ptr, _ptr, _i64, _i64),
         ("close", _ptr, _ptr), ("beat", _ptr, _ptr, _i64), ("busy_ns", _ptr, _ptr, _i64),
+        ("items", _ptr, _ptr, _i64),
     ):  # fmt: skip
         getattr(library, f"vllm_sparse_ring_{name}").argtypes = arguments
     library.vllm_sparse_ring_close.restype = None
-    library.vllm_sparse_ring_beat.restype = library.vllm_sparse_ring_busy_ns.restype = _i64
+    for name in ("beat", "busy_ns", "items"):
+        getattr(library, f"vllm_sparse_ring_{name}").restype = _i64
     library.vllm_sparse_offload_isa.restype = ctypes.c_char_p
     library.vllm_sparse_offload_set_isa.argtypes = [ctypes.c_char_p]
     return library

@@ -133,6 +133,10 @@ class Ring:
         """A number that grows while the actor serves."""
         return self._library.vllm_sparse_ring_beat(*self._arguments, actor)
 
+    def answered(self, actor: int) -> int:
+        """How many items an actor has answered."""
+        return self._library.vllm_sparse_ring_items(*self._arguments, actor)
+
     def busy_seconds(self) -> float:
         """That all actors together have spent on answers."""
         busy = self._library.vllm_sparse_ring_busy_ns

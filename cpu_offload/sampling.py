@@ -11,7 +11,7 @@ OPTIONS = {
     "exact": (),
     "topk": ("share", "least"),
     "vattention": ("share", "least", "epsilon", "delta", "even"),
-    "lsh": ("share", "least", "bits", "tables", "seed"),
+    "lsh": ("share", "least", "even", "bits", "tables", "seed"),
 }
 
 
@@ -25,10 +25,10 @@ class Sampling:
     * "topk" reads the rows that are expected to be the heaviest, and takes nothing for the others.
     * "vattention" reads heavy rows for certain and a sample of the others, drawn by what they are
       expected to weigh and in part evenly, so that nothing is without a chance. The sample grows
-      until the relative error of each head's output, as the sample itself shows it, is at most
-      epsilon with a probability of 1 - delta.
-    * "lsh" reads heavy rows for certain, and of the others those that share at least two hash
-      buckets with the query (MagicPIG).
+      until the error of each head's output, as the sample itself shows it, is at most epsilon times
+      the root mean square of the values that the head attends to, with probability 1 - delta.
+    * "lsh" reads such a sample, which does not grow, and every row that shares at least two hash
+      buckets with the query (MagicPIG), about 2% more.
 
     Args:
         rows: the most rows that are read; None: `share` of them and at least `least`, more where

@@ -171,11 +171,13 @@ inline void mix(const HostRange& r, float even, float* weights) {
   }
 }
 
-// Rows that are expected to be heavy for certain, and those that share two buckets with the query
-// (MagicPIG); of these, where they are more than `most`, a part by their weight.
+// A sample by expected weight, and every row that shares two buckets with the query (MagicPIG) or,
+// where those are more than `room`, an even part of them. The two are drawn without regard to each
+// other, so a row is in either of them with probability 1 - (1 - p) (1 - u).
 template <class T>
 void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const HostScratch& s,
-                const RowView& view, int64_t most, float u, Chosen* chosen) {
+                const RowView& view, float c, float u, int64_t room, Chosen* chosen) {
+  constexpr uint8_t kDrawn = 1, kHit = 2;
   Lsh a = {};
   a.head_size = h.head_size, a.group = h.group, a.bits = h.bits, a.tables = h.tables;
   a.directions = h.directions, a.log_inclusion = h.log_inclusion;
@@ -183,10 +185,12 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
   lsh.direction = s.direction, lsh.projection = s.projections, lsh.codes = s.codes;
   mean_direction(a, item.q, lsh.direction);
   hash_query(a, lsh);
-  const float c = share_out(s.weights, r.count, static_cast<float>(most) / 2.0f);
+  uint8_t* marks = reinterpret_cast<uint8_t*>(s.logits);  // not needed any more
+  std::memset(marks, 0, r.count);
+  for (int64_t n = 0; n < chosen->count; ++n) marks[chosen->rows[n] - r.base] = kDrawn;
   const int32_t* pages = h.table + item.slot * h.max_pages;
   const int64_t page_rows = int64_t{1} << h.shift;
-  int64_t sure = 0;
+  int64_t hits = 0;
   for (int64_t page = r.first >> h.shift; page << h.shift < r.last; ++page) {
     const Sketch sketch(h, item.layer, pages[page], item.kv_head);
     std::memset(s.hits, 0, page_rows);
@@ -198,69 +202,60 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
     const int64_t start = page << h.shift;
     const int64_t begin = r.first > start ? r.first - start : 0;
     const int64_t end = r.last - start < page_rows ? r.last - start : page_rows;
+    uint8_t* to = marks + start - r.base;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = start + i;
-      if (s.weights[row - r.base] * c >= 1.0f) {
-        chosen->enter(row, 0.0f);
-        ++sure;
-      } else if (s.hits[i] >= 2) {
-        chosen->enter(row, -1.0f);
-      }
+      const bool hit = s.hits[i] >= 2;
+      to[i] |= hit ? kHit : 0;
+      hits += hit;
     }
   }
-  for (int64_t n = 0; n < chosen->count; ++n) {
-    if (chosen->log_prob[n] == 0.0f) continue;
-    const int64_t row = chosen->rows[n];
+  const double part = hits > room ? static_cast<double>(room) / hits : 1.0;
+  double sum = 0.0, next = hits > room ? u : 0.0;
+  chosen->count = 0;
+  for (int64_t i = 0; i < r.count; ++i) {
+    if ((i & 7) == 0) {  // rows are counted in whole steps, so there are always eight
+      uint64_t eight;
+      std::memcpy(&eight, marks + i, sizeof(eight));
+      if (eight == 0) {
+        i += 7;
+        continue;
+      }
+    }
+    if (marks[i] == 0) continue;
+    bool take = marks[i] & kDrawn;
+    if (marks[i] & kHit) {
+      sum += part;
+      if (sum >= next) take = true, next += part < 1.0 ? 1.0 : 0.0;
+    }
+    if (!take) continue;
+    const int64_t row = r.base + i;
+    const float drawn = s.weights[i] * c;
+    if (drawn >= 1.0f) {
+      chosen->enter(row, 0.0f);
+      continue;
+    }
     const Sketch sketch(h, item.layer, pages[row >> h.shift], item.kv_head);
     const T* key = reinterpret_cast<const T*>(view.rows + row_offset(view, row, view.row_bytes));
     const float scale = std::is_same<T, Int8>::value ? row_scales(view, row)[0] : 1.0f;
-    chosen->log_prob[n] = inclusion(a, key, sketch.centre, scale, lsh.direction).log_prob;
+    const float hit = std::exp(inclusion(a, key, sketch.centre, scale, lsh.direction).log_prob);
+    const float either = drawn + hit * static_cast<float>(part) * (1.0f - drawn);
+    chosen->enter(row, std::log(std::fmin(either, 1.0f)));
   }
-  const int64_t sampled = chosen->count - sure, room = most > sure ? most - sure : 0;
-  if (sampled <= room) return;
-  // What is kept of the others is kept by its expected weight in the estimate, half of it evenly.
-  float total = 0.0f;
-  float* chance = s.logits;
-  for (int64_t n = 0; n < chosen->count; ++n) {
-    const bool open = chosen->log_prob[n] != 0.0f;
-    chance[n] = open ? s.weights[chosen->rows[n] - r.base] * std::exp(-chosen->log_prob[n]) : 0.0f;
-    total += chance[n];
-  }
-  int64_t padded = (chosen->count + kStep - 1) / kStep * kStep;
-  for (int64_t n = chosen->count; n < padded; ++n) chance[n] = 0.0f;
-  for (int64_t n = 0; n < chosen->count; ++n) {
-    if (chosen->log_prob[n] == 0.0f) continue;
-    chance[n] = 0.5f / sampled + (total > 0.0f ? 0.5f * chance[n] / total : 0.0f);
-  }
-  const float keep = share_out(chance, padded, static_cast<float>(room));
-  double sum = 0.0, next = u;
-  int64_t kept = 0;
-  for (int64_t n = 0; n < chosen->count; ++n) {
-    const float x = std::fmin(chance[n] * keep, 1.0f);
-    const bool certain = chosen->log_prob[n] == 0.0f;
-    bool take = certain || x >= 1.0f;
-    if (!take) {
-      sum += x;
-      take = sum >= next && x > 0.0f;
-      if (take) next += 1.0;
-    }
-    if (!take) continue;
-    chosen->rows[kept] = chosen->rows[n];
-    chosen->log_prob[kept++] = chosen->log_prob[n] + (certain || x >= 1.0f ? 0.0f : std::log(x));
-  }
-  chosen->count = kept;
 }
 
-// The largest relative variance of a head's output that its sample shows: sum over sampled rows of
-// p^2 (1 - u) |v - out|^2 / |out|^2, where p is a row's share of the estimate.
+// The largest relative variance of a head's output that its sample shows: the sum over sampled rows
+// of p^2 (1 - u) |v - out|^2, where p is a row's share of the estimate, against the mean square of
+// the values that it attends to, the sum of p |v|^2. Against |out|^2, heads whose values cancel out,
+// of which little is left in the model, would have to read nearly everything.
 template <class T>
 float relative_variance(const Host& h, const Gather& a, const GatherItem& item, float* scratch) {
   float* dots = scratch;  // [G, 64]
   float* along = dots + a.group * kBlock;
   float* sums = along + a.group * kBlock;  // [G]
   float* norms = sums + a.group;           // [G]
+  float* squares_of = norms + a.group;     // [G]
   for (int64_t g = 0; g < a.group; ++g) {
-    sums[g] = norms[g] = 0.0f;
+    sums[g] = norms[g] = squares_of[g] = 0.0f;
     for (int64_t d = 0; d < a.head_size; ++d) {
       norms[g] += item.out[g * a.head_size + d] * item.out[g * a.head_size + d];
     }
@@ -276,7 +271,6 @@ float relative_variance(const Host& h, const Gather& a, const GatherItem& item, 
     });
     for (int n = 0; n < chunk.count; ++n) {
       const float log_prob = item.log_prob[first + n];
-      if (log_prob >= 0.0f) continue;
       float of_key = 1.0f, of_value = 1.0f;
       if (std::is_same<T, Int8>::value) {
         of_key = row_scales(item.view, chunk.rows[n])[0];
@@ -294,12 +288,13 @@ float relative_variance(const Host& h, const Gather& a, const GatherItem& item, 
         const float p = std::exp(logit);
         const float away = norm - 2.0f * along[g * kBlock + n] * of_value + norms[g];
         sums[g] += p * p * left * (away > 0.0f ? away : 0.0f);
+        squares_of[g] += p * norm;
       }
     }
   }
   float most = 0.0f;
   for (int64_t g = 0; g < a.group; ++g) {
-    const float x = norms[g] > 0.0f ? sums[g] / norms[g] : 0.0f;
+    const float x = squares_of[g] > 0.0f ? sums[g] / squares_of[g] : 0.0f;
     most = x > most ? x : most;
   }
   return most;
@@ -350,7 +345,7 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
   int64_t most = budgeted ? h.rows : share > h.least ? share : h.least;
   const auto small = [&] { return budgeted ? most < rows : most * kSmall < rows; };
   if (h.sampler == kExact || !small() || !expect_weights(h, item, r, s)) return read_all();
-  if (h.sampler == kVAttention) mix(r, h.even, s.weights);
+  if (h.sampler != kTopK) mix(r, h.even, s.weights);
 
   Chosen chosen = {s.found, s.log_prob, 0};
   for (int round = 0;; ++round) {
@@ -358,11 +353,13 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
     const float u = drawn(item, round);
     if (h.sampler == kTopK) {
       choose_largest(s.weights, r.count, r.base, most, &chosen);
-    } else if (h.sampler == kLsh) {
-      choose_lsh<T>(h, item, r, s, view, most, u, &chosen);
     } else {
-      const float c = share_out(s.weights, r.count, static_cast<float>(most));
-      choose(s.weights, r.count, c, u, r.base, most, &chosen);
+      // With a budget, rows that collide take up to half of it.
+      const int64_t drawn = h.sampler == kLsh && budgeted ? most - most / 2 : most;
+      const float c = share_out(s.weights, r.count, static_cast<float>(drawn));
+      choose(s.weights, r.count, c, u, r.base, drawn + 1, &chosen);
+      const int64_t room = budgeted ? most / 2 : rows;
+      if (h.sampler == kLsh) choose_lsh<T>(h, item, r, s, view, c, u, room, &chosen);
     }
     gather.rows = chosen.rows, gather.log_prob = chosen.log_prob, gather.count = chosen.count;
     gather_any(a, {&gather, 0, chosen.count, item.out, item.lse}, s.rest);
@@ -378,7 +375,7 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
 
 size_t attend_scratch(const Host& h, int64_t rows) {
   const Gather a = {h.dtype, h.head_size, h.group, 1, 1, h.scale, nullptr};
-  const size_t gather = gather_scratch(a), variance = 2 * h.group * kBlock + 2 * h.group;
+  const size_t gather = gather_scratch(a), variance = 2 * h.group * kBlock + 3 * h.group;
   return HostScratch::floats(h, rows, gather > variance ? gather : variance);
 }
 

@@ -358,6 +358,10 @@ VLLM_SPARSE_API int64_t vllm_sparse_ring_beat(const Host* host, const Ring* ring
   return static_cast<int64_t>(RingMemory(*host, *ring).actor(actor)->beat.load());
 }
 
+VLLM_SPARSE_API int64_t vllm_sparse_ring_items(const Host* host, const Ring* ring, int64_t actor) {
+  return static_cast<int64_t>(RingMemory(*host, *ring).actor(actor)->items.load());
+}
+
 // Nanoseconds that an actor has spent on answers.
 VLLM_SPARSE_API int64_t vllm_sparse_ring_busy_ns(const Host* host, const Ring* ring,
                                                  int64_t actor) {

@@ -50,20 +50,21 @@ def test_samples_are_right_on_average(kv_dtype):
 def test_hashed_samples_are_right_on_average_over_hashes():
     k, v = some(ROWS)
     q = queries(1)
-    _, want_lse = exact(q[0], k[FIRST:LAST], v[FIRST:LAST], 64**-0.5)
     weights, read = [], 0
     for seed in range(40):
         pool = make_pool(layers=1, sampler="lsh", rows=250, sampler_options={"seed": seed})
         slot = fill(pool, "a", ROWS)
-        _, lse = ask(pool, 0, q, [slot], [FIRST], [LAST])
+        last = LAST - seed  # what is drawn depends on it
+        _, want_lse = exact(q[0], k[FIRST:last], v[FIRST:last], 64**-0.5)
+        _, lse = ask(pool, 0, q, [slot], [FIRST], [last])
         weights.append((lse[0].double() - want_lse).exp())
         read += pool.stats()["rows_read"] / 80
         pool.shutdown()
     weights = torch.stack(weights)
     deviation = weights.std(0) / 40**0.5
-    assert 30 < read <= 251
+    assert 125 < read <= 251
     assert ((weights.mean(0) - 1).abs() < 4 * deviation).all()
-    assert (weights.mean(0) - 1).abs().mean() < 0.1
+    assert (weights.mean(0) - 1).abs().mean() < 0.05
 
 
 def test_the_bound_holds():
@@ -79,7 +80,9 @@ def test_the_bound_holds():
         q = queries(1, seed=layer)
         want, _ = exact(q[0], k, v, pool.scale)
         out, _ = ask(pool, layer, q, [slot], [0], [8000])
-        errors.append(relative(out[0], want))
+        logits = q[0].view(2, 4, 64) @ k.permute(1, 2, 0) * pool.scale
+        squares = logits.softmax(-1) @ v.square().sum(-1).T[..., None]  # [2, 4, 1]
+        errors.append((out[0].double() - want).norm(dim=-1) / squares.flatten().double().sqrt())
     failed = (torch.cat(errors) > 0.1).double().mean()
     assert failed <= 0.1  # 0.05, of 128 correlated heads
     assert pool.stats()["rows_read"] < pool.stats()["rows_there"] / 2
