@@ -13,6 +13,8 @@ _EXPORTS = {
     "Context": "context",
     "Exact": "samplers",
     "KVStore": "store",
+    "Pages": "pages",
+    "Pool": "pool",
     "Proposal": "samplers",
     "Sampler": "samplers",
     "StoreFull": "store",
