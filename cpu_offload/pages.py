@@ -100,6 +100,10 @@ class Pages:
         """The page of a key, not held; None: there is none."""
         return self._by_key.get(key)
 
+    def references(self, page: int) -> int:
+        """How many hold a page."""
+        return self._pages[page].references
+
     def acquire(self, key: Hashable) -> int | None:
         """The page of a key, to be released once; None: there is none."""
         page = self._by_key.get(key)
