@@ -30,10 +30,11 @@ class Ledger:
     fits beside all that those before it may write.
 
     Args:
-        pages: of each worker's store; page_rows: of a page.
+        pages: of each worker's store; page_rows: of a page; most_requests: that it has slots for.
     """
 
-    def __init__(self, pages: int, page_rows: int):
+    def __init__(self, pages: int, page_rows: int, most_requests: int):
+        self.most_requests = most_requests
         self.pages = Pages(pages)
         self.page_rows = page_rows
         self.held: dict[str, Held] = {}
@@ -48,7 +49,8 @@ class Ledger:
         found = [self.pages.find(key) for key in keys]
         woken = sum(not self.pages.references(page) for page in found)
         needed = pages_of(rows, self.page_rows) - len(found) + woken
-        return needed <= self.pages.free - self.promised
+        has_slot = len(self.held) < self.most_requests
+        return has_slot and needed <= self.pages.free - self.promised
 
     def admit(self, request: str, rows: int, keys: Sequence[Hashable] = ()) -> Held:
         """Enter a request of at most `rows` rows, which has those of these keys already."""
@@ -83,6 +85,12 @@ class Ledger:
         del held.pages[kept:]
         self.pages.release(dropped)
         self.promised += len(dropped)
+
+    def forget(self) -> None:
+        """No rows are good any more, those of preempted requests included."""
+        self.pages.forget()
+        for held in self.held.values():
+            held.acknowledged = 0
 
     def close(self, request: str) -> None:
         held = self.held.pop(request)

@@ -129,6 +129,14 @@ class Pages:
                 self._idle[held.key] = page
         return freed
 
+    def forget(self) -> None:
+        """Let no page be found any more; those that nobody holds are free."""
+        for page in self._by_key.values():
+            self._pages[page].key = None
+        self._free += self._idle.values()
+        self._by_key.clear()
+        self._idle.clear()
+
     def shared(self, page: int) -> bool:
         """Whether the page may not be written to: others hold it, or can find it."""
         return self._pages[page].references > 1 or self._pages[page].key is not None

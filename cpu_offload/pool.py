@@ -223,6 +223,12 @@ class Pool:
         self.pages.release(request.pages)
         self._free_slots.append(slot)
 
+    def forget(self) -> None:
+        """Let no page be shared any more: the model that made its rows has changed."""
+        self.pages.forget()
+        for request in self._requests.values():
+            request.keys.clear()
+
     # Reading
 
     def prefill_view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,6 +20,7 @@ class Start:
 class Step:
     """One step, in the order in which the stores have to follow."""
 
+    forget: bool = False  # every prefix that could be shared
     closed: list[str] = field(default_factory=list)
     started: list[Start] = field(default_factory=list)
     rows: dict[str, tuple[int, int]] = field(default_factory=dict)  # (there before, new)

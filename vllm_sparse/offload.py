@@ -6,6 +6,7 @@ the device's rows here and to those between in the host's pool, at the same time
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +15,7 @@ import torch
 from . import kernels
 from .config import SparseConfig
 from .cpu_offload import connector
-from .cpu_offload.host import HostKV, Place
+from .cpu_offload.mirror import HostKV, Place
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
 
@@ -71,16 +72,21 @@ class OffloadedLayer:
         """Attention of the decode rows: query and out [decodes, H, D]."""
         if batch.block_table is None:
             self._split(batch, metadata, k_cache.shape[2])
-        pool, far = self.host.pool, batch.far
+        pool, far, counters = self.host.pool, batch.far, self.host.counters
         if far is not None:
+            begin = time.perf_counter()
             mine = query[far.rows]
             ticket = pool.submit(self.place.layer, mine, far.slots, far.first, far.last)
+            counters["pool_seconds"] += time.perf_counter() - begin
         _, lse = kernels.paged_decode(
             query, k_cache, v_cache, batch.block_table, batch.seq_lens, scale=self.scale, out=out
         )
         if far is not None:
+            begin = time.perf_counter()
             far_out, far_lse = torch.empty_like(mine), torch.empty(mine.shape[:2])
             pool.collect(ticket, far_out, far_lse)
+            counters["pool_seconds"] += time.perf_counter() - begin
+            counters["decode_rows"] += len(mine)
             merged, _ = kernels.merge(out[far.rows], lse[far.rows], far_out, far_lse)
             out[far.rows] = merged
 

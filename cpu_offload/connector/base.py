@@ -32,6 +32,7 @@ class StoreSize(KVConnectorHandshakeMetadata):
 
     pages: int
     page_rows: int
+    requests: int
 
 
 @dataclass
@@ -77,7 +78,7 @@ class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_handshake_metadata(self) -> StoreSize:
         capacity = self.worker.host.pool.capacity()
-        return StoreSize(capacity.pages, capacity.page_rows)
+        return StoreSize(capacity.pages, capacity.page_rows, capacity.max_requests)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         super().bind_connector_metadata(connector_metadata)
@@ -110,7 +111,7 @@ class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's side
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]):
-        self.scheduler.set_stores([(m.pages, m.page_rows) for m in metadata.values()])
+        self.scheduler.set_stores([(m.pages, m.page_rows, m.requests) for m in metadata.values()])
 
     def bind_kv_cache_manager(self, kv_cache_manager) -> None:
         super().bind_kv_cache_manager(kv_cache_manager)

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from ..kv_spec import OffloadWindowManager
 from ..ledger import Ledger
 from ..step import Start, Step
+from .metrics import OffloadStats
 
 
 class SchedulerSide:
@@ -18,16 +19,21 @@ class SchedulerSide:
         self.ledger: Ledger | None = None
         self.manager = None
         self.hash_rows = 0  # tokens of a block hash
+        self.forget = False
         self.closed: list[str] = []
         self.started: list[Start] = []
         self.tokens: dict[str, object] = {}  # vLLM's requests that are held
         self.queued: str | None = None  # the first that waits for host memory
         self.waited = 0
 
-    def set_stores(self, sizes: list[tuple[int, int]]) -> None:
-        """What each worker's stores hold: (pages, rows of a page)."""
-        pages, page_rows = min(sizes)
-        self.ledger = Ledger(pages, page_rows)
+    def set_stores(self, sizes: list[tuple[int, int, int]]) -> None:
+        """What each worker's stores hold: (pages, rows of a page, requests)."""
+        if len(set(sizes)) != 1:
+            raise RuntimeError(
+                f"The workers' host stores differ in (pages, rows of a page, requests): {sizes}. "
+                'Set additional_config["sparse"]["host_gib"] to what all of them can have'
+            )
+        self.ledger = Ledger(*sizes[0])
 
     def bind(self, kv_cache_manager) -> None:
         self.manager = kv_cache_manager
@@ -74,8 +80,8 @@ class SchedulerSide:
         self.started.append(Start(request_id, rows, keys))
 
     def step(self, scheduler_output) -> Step:
-        step = Step(closed=self.closed, started=self.started)
-        self.closed, self.started = [], []
+        step = Step(self.forget, self.closed, self.started)
+        self.forget, self.closed, self.started = False, [], []
         cached = scheduler_output.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
@@ -108,10 +114,15 @@ class SchedulerSide:
             self.closed.append(request_id)
 
     def reset_cache(self) -> bool:
-        return False
+        """Forget every row: the weights may have changed."""
+        self.ledger.forget()
+        self.forget = True
+        return True
 
-    def stats(self):
-        return None
+    def stats(self) -> OffloadStats:
+        """What came since the last call."""
+        queued, self.waited = self.waited, 0
+        return OffloadStats.of({"queued": queued}, 0, {})
 
     def _most(self, request) -> int:
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)

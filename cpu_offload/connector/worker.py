@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from vllm.distributed import get_tensor_model_parallel_world_size
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
 
-from ..host import HostKV
 from ..kv_spec import OffloadWindowSpec
+from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
 from ..step import Step
+from .metrics import OffloadStats
 from .sizing import store_bytes
 
 _WORKER: WorkerSide | None = None
@@ -44,6 +45,7 @@ class WorkerSide:
                 (offloaded if windowed else resident).append(number)
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self.block_size = spec.block_size
+        self.rank = get_tensor_model_parallel_rank()
         ranks = get_tensor_model_parallel_world_size()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         size = store_bytes(
@@ -61,7 +63,7 @@ class WorkerSide:
             "head_size": spec.head_size,
             "dtype": spec.dtype,
             # Preempted requests keep their slot while others run.
-            "max_requests": 4 * scheduler.max_num_seqs,
+            "max_requests": 2 * scheduler.max_num_seqs,
             "max_tokens": model.max_model_len,
         }
         part = size // len(self.layers)
@@ -74,7 +76,7 @@ class WorkerSide:
             mirror = Pool(layers=len(resident), host_bytes=part * len(resident), **shape)
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
         self.kv_caches: dict = {}
-        self.loaded = 0  # bytes
+        self.reported: dict[str, float] = {}
         _WORKER = self
 
     def register_kv_caches(self, kv_caches) -> None:
@@ -86,7 +88,7 @@ class WorkerSide:
             if not start.rows:
                 continue
             for number, name in self.layers.items():
-                self.loaded += self.host.load(
+                self.host.load(
                     start, number, self.groups[name], self.block_size, self.kv_caches[name]
                 )
 
@@ -96,8 +98,12 @@ class WorkerSide:
     def take_acknowledged(self) -> dict[str, int]:
         return self.host.end()
 
-    def stats(self):
-        return None
+    def stats(self) -> OffloadStats:
+        """What came since the last call."""
+        counters, gauges = self.host.totals()
+        added = {name: value - self.reported.get(name, 0) for name, value in counters.items()}
+        self.reported = counters
+        return OffloadStats.of(added, self.rank, gauges)
 
     def shutdown(self) -> None:
         self.host.shutdown()

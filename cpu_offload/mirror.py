@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -39,11 +40,15 @@ class HostKV:
         self.places |= {layer: Place(1, i) for i, layer in enumerate(resident)}
         self.slots: dict[str, list[int]] = {}  # of each open request, by store
         self.step: Step | None = None
+        self.counters: Counter[str] = Counter()  # since the start
         self._owners: dict[int, dict[int, str]] = {}
         self._written: set[int] = set()
 
     def begin(self, step: Step) -> None:
         """Follow the scheduler: end, begin and cut requests, before the model runs."""
+        if step.forget:
+            for pool in self.pools:
+                pool.forget()
         for request in step.closed:
             for pool, slot in zip(self.pools, self.slots.pop(request), strict=True):
                 pool.close_request(slot)
@@ -96,10 +101,12 @@ class HostKV:
                     f"{starts[i + 1] - starts[i]} more, where the scheduler counts {before} and "
                     f"{new}; this is a fault of vllm-sparse, please report it"
                 )
-            rows = slice(starts[i], starts[i + 1])
+            part = slice(starts[i], starts[i + 1])
             keys: Sequence[Hashable] = step.keys.get(request, ())
-            pool.append(slot, place.layer, key[rows], value[rows], keys)
+            pool.append(slot, place.layer, key[part], value[part], keys)
         self._written.add(layer)
+        rows = starts[len(requests)] * pool.layout.kv_heads
+        self.counters["mirrored_bytes"] += rows * pool.layout.row_bytes
 
     def end(self) -> dict[str, int]:
         """Rows that are certain to be here after the step, by request."""
@@ -109,12 +116,11 @@ class HostKV:
 
     def load(
         self, start: Start, layer: int, group: int, block_size: int, kv_cache: torch.Tensor
-    ) -> int:
-        """Fill a request's device blocks of a layer [blocks, Hkv, block, 2 D]; returns bytes."""
+    ) -> None:
+        """Fill a request's device blocks of a layer [blocks, Hkv, block, 2 D]."""
         place = self.places[layer]
         pool, slot = self.pools[place.store], self.slots[start.request][place.store]
         size = kv_cache.shape[-1] // 2
-        moved = 0
         for number, block in enumerate(start.blocks[group]):
             first = number * block_size
             last = min(first + block_size, start.rows)
@@ -123,8 +129,7 @@ class HostKV:
             k, v = pool.read(slot, place.layer, first, last)
             kv_cache[block, :, : last - first, :size] = k.transpose(0, 1)
             kv_cache[block, :, : last - first, size:] = v.transpose(0, 1)
-            moved += 2 * k.numel() * kv_cache.element_size()
-        return moved
+            self.counters["loaded_bytes"] += 2 * k.numel() * kv_cache.element_size()
 
     def check(self) -> None:
         """Raise RuntimeError where the scheduler's books and the stores differ."""
@@ -136,6 +141,13 @@ class HostKV:
                 f"The host stores have {free} free pages, the scheduler counts "
                 f"{self.step.free_pages}; this is a fault of vllm-sparse, please report it"
             )
+
+    def totals(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(counters since the start, gauges), named as in connector/metrics.py."""
+        stats = [pool.stats() for pool in self.pools]
+        counters = {name: stats[0][name] for name in ("rows_read", "rows_there", "restarts")}
+        gauges = {n: sum(s[n] for s in stats) for n in ("host_bytes", "host_bytes_used")}
+        return {**counters, **self.counters}, gauges
 
     def shutdown(self) -> None:
         for pool in self.pools:
