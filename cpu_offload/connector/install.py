@@ -51,7 +51,14 @@ def refusals(vllm_config, config: SparseConfig) -> list[str]:
         found.append("speculative decoding; leave --speculative-config out")
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
         found.append(f"--pipeline-parallel-size {stages}; use 1")
-    layers = vllm_config.model_config.get_total_num_hidden_layers()
+    model = vllm_config.model_config
+    kinds = set(getattr(model.hf_text_config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        found.append(
+            f"a model with layers of other kinds than full attention ({', '.join(sorted(kinds))}), "
+            "in this version; leave decode out"
+        )
+    layers = model.get_total_num_hidden_layers()
     if len(config.resident_layers) >= layers:
         found.append(
             f"resident_layers {list(config.resident_layers)}, which are all layers; leave some out"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+from vllm_sparse import log
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
 
@@ -12,7 +13,9 @@ from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
 from ..step import Step
 from .metrics import OffloadStats
-from .sizing import store_bytes
+from .sizing import GIB, store_bytes
+
+logger = log.get_logger(__name__)
 
 _WORKER: WorkerSide | None = None
 
@@ -48,10 +51,11 @@ class WorkerSide:
         self.rank = get_tensor_model_parallel_rank()
         ranks = get_tensor_model_parallel_world_size()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        row_bytes = 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
         size = store_bytes(
             config.host_gib,
             layers=len(self.layers),
-            row_bytes=2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize,
+            row_bytes=row_bytes,
             page_rows=PAGE_ROWS,
             max_tokens=model.max_model_len,
             max_requests=scheduler.max_num_seqs,
@@ -69,12 +73,24 @@ class WorkerSide:
         part = size // len(self.layers)
         pool = Pool(
             layers=len(offloaded), host_bytes=part * len(offloaded), sampler=config.decode,
-            rows=config.rows, **shape,
+            **shape,
         )  # fmt: skip
         mirror = None
         if resident:
             mirror = Pool(layers=len(resident), host_bytes=part * len(resident), **shape)
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
+        capacity = pool.capacity()
+        logger.info(
+            "Host store: %.2f GiB for the keys and values of %d tokens in %d layers, decode %s; "
+            "the device keeps a sink of %d tokens, a window of %d%s",
+            capacity.pages * capacity.page_rows * row_bytes * len(self.layers) / GIB,
+            capacity.pages * capacity.page_rows,
+            len(self.layers),
+            config.decode,
+            config.sink,
+            config.window,
+            f", and all of layers {sorted(resident)}" if resident else "",
+        )
         self.kv_caches: dict = {}
         self.reported: dict[str, float] = {}
         _WORKER = self

@@ -16,30 +16,31 @@ TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
-class Steps:
-    """What came of it."""
+class Phase:
+    """What came of requests that were served together, counters as they were after each step."""
 
     tokens: list[list[int]]  # by request, as far as it came
     cached: list[int]  # prompt tokens that were not computed, by request
     preemptions: int
-    running: list[int]  # requests that run, after each step
-    used: list[int]  # device blocks in use, after each step
+    running: list[int]  # requests that run
+    used: list[int]  # device blocks in use
+    held: list[int]  # requests in the host stores
+
+
+@dataclass(frozen=True)
+class Steps:
+    phases: list[Phase]
     blocks: int  # device blocks that can be used
-    held: list[int]  # requests in the host stores, after each step
-    stats: dict[str, float]  # counters of the stores
+    stats: dict[str, float]  # the stores' metrics
     log: str
 
 
 def run_steps(
-    model: str,
-    requests: list[dict],
-    *,
-    env: dict[str, str] | None = None,
-    **engine,
+    model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None, **engine
 ) -> Steps:
     """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
 
-    Steps are counted from 0; the engine steps on until every request has ended.
+    Steps are counted from 0 in each phase, which ends when all of its requests have.
     """
     arguments = {
         "model": model,
@@ -52,7 +53,7 @@ def run_steps(
         "disable_log_stats": False,
         **engine,
     }
-    job = json.dumps({"engine": arguments, "requests": requests})
+    job = json.dumps({"engine": arguments, "phases": phases})
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -74,61 +75,59 @@ def run_steps(
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, f"the engine failed:\n{log[-12000:]}"
     result = next(x for x in log.splitlines() if x.startswith("RESULT "))
-    return Steps(**json.loads(result.removeprefix("RESULT ")), log=log)
+    found = json.loads(result.removeprefix("RESULT "))
+    return Steps([Phase(**x) for x in found.pop("phases")], **found, log=log)
 
 
 def _serve(job: dict) -> dict:
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(**job["engine"])
-    engine = llm.llm_engine
-    scheduler = engine.engine_core.engine_core.scheduler
-    pool = scheduler.kv_cache_manager.block_pool
-    requests = job["requests"]
-    numbers: dict[str, int] = {}
-    result = {
-        "tokens": [[] for _ in requests],
-        "cached": [0] * len(requests),
-        "running": [],
-        "used": [],
-        "held": [],
-        "blocks": pool.num_gpu_blocks - 1,
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    phases = [_phase(llm, scheduler, n, x) for n, x in enumerate(job["phases"])]
+    stats = {
+        metric.name.removeprefix("vllm:sparse_offload_"): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:sparse_offload_")
     }
-    step = 0
-    waiting = set(range(len(requests)))
-    while waiting or engine.has_unfinished_requests():
-        for i in sorted(waiting):
-            if requests[i]["at"] <= step:
-                waiting.discard(i)
+    blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    return {"phases": phases, "blocks": blocks, "stats": stats}
+
+
+def _phase(llm, scheduler, number: int, requests: list[dict]) -> dict:
+    from vllm import SamplingParams
+
+    engine, pool = llm.llm_engine, scheduler.kv_cache_manager.block_pool
+    side = getattr(scheduler.connector, "scheduler", None)
+    names = [f"{number}-{i}" for i in range(len(requests))]
+    result = {
+        "tokens": [[] for _ in requests], "cached": [0] * len(requests),
+        "running": [], "used": [], "held": [],
+    }  # fmt: skip
+
+    def preemptions() -> int:
+        return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    before, step = preemptions(), 0
+    while engine.has_unfinished_requests() or step <= max(x["at"] for x in requests):
+        for name, request in zip(names, requests, strict=True):
+            if request["at"] == step:
                 sampling = SamplingParams(
-                    temperature=0,
-                    max_tokens=requests[i]["max_tokens"],
-                    detokenize=False,
+                    temperature=0, max_tokens=request["max_tokens"], detokenize=False,
                     ignore_eos=True,
-                )
-                numbers[f"r{i}"] = i
-                prompt = {"prompt_token_ids": requests[i]["prompt"]}
-                engine.add_request(f"r{i}", prompt, sampling)
-        for i, request in enumerate(requests):
-            if request.get("cancel") == step:
-                engine.abort_request([f"r{i}"])
+                )  # fmt: skip
+                engine.add_request(name, {"prompt_token_ids": request["prompt"]}, sampling)
+            if request["cancel"] == step:
+                engine.abort_request([name])
         for output in engine.step():
-            i = numbers[output.request_id]
+            i = names.index(output.request_id)
             result["tokens"][i] = list(output.outputs[0].token_ids)
             result["cached"][i] = output.num_cached_tokens
         result["running"].append(len(scheduler.running))
         result["used"].append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
-        side = getattr(scheduler.connector, "scheduler", None)
         result["held"].append(len(side.ledger.held) if side else 0)
         step += 1
-    metrics = {m.name: m for m in llm.get_metrics()}
-    result["preemptions"] = int(metrics["vllm:num_preemptions"].value)
-    result["stats"] = {
-        name.removeprefix("vllm:sparse_offload_"): metric.value
-        for name, metric in metrics.items()
-        if name.startswith("vllm:sparse_offload_")
-    }
-    return result
+    return {**result, "preemptions": preemptions() - before}
 
 
 if __name__ == "__main__":
