@@ -32,6 +32,8 @@ SOURCES = [
     f"{CSRC}/thread_pool.cpp",
     f"{OFFLOAD_CSRC}/offload_api.cpp",
     f"{OFFLOAD_CSRC}/lsh_tables.cpp",
+    f"{OFFLOAD_CSRC}/host_api.cpp",
+    f"{OFFLOAD_CSRC}/ring.cpp",
 ]
 SOURCE_FLAGS = {}
 for isa, flags in ISA_FLAGS.items() if X86 else [("generic", [])]:

@@ -20,12 +20,14 @@ class Layout:
     """Rows of all layers, cut into pages: layer by layer, each [pages][part of a page].
 
     A page of one layer is [kv_heads][rows][K, V][head_size], and behind it, for int8 rows, their
-    scales fp32 [kv_heads][rows][K, V].
+    scales fp32 [kv_heads][rows][K, V], and what samplers know of the keys (csrc/sketch.h).
 
     Args:
         layers: whose rows are kept; kv_heads, head_size: of each.
         dtype: how rows are kept: float32, bfloat16, float16, or int8 with a scale for each row.
         page_rows: a power of two from 16 to 65536.
+        sketched: whether keys are kept in four bits as well, for samplers.
+        hash_tables: of hash codes of a byte a row, for LSH.
     """
 
     layers: int
@@ -33,6 +35,8 @@ class Layout:
     head_size: int
     dtype: torch.dtype
     page_rows: int = PAGE_ROWS
+    sketched: bool = False
+    hash_tables: int = 0
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -63,10 +67,24 @@ class Layout:
         return self.kv_heads * self.page_rows * self.row_bytes
 
     @property
-    def part_bytes(self) -> int:
-        """Of a page of one layer."""
+    def index_at(self) -> int:
+        """Where what samplers know begins in a page of one layer."""
         scales = self.kv_heads * self.page_rows * 8 if self.dtype == torch.int8 else 0
         return aligned(self.rows_bytes + scales)
+
+    @property
+    def index_bytes(self) -> int:
+        """Of what samplers know of a page of one layer and KV head."""
+        if not self.sketched:
+            return 0
+        centre_and_steps = 4 * self.head_size + 4 * self.page_rows
+        numbers = self.page_rows * self.head_size // 2
+        return aligned(centre_and_steps + numbers + self.hash_tables * self.page_rows)
+
+    @property
+    def part_bytes(self) -> int:
+        """Of a page of one layer."""
+        return self.index_at + self.kv_heads * self.index_bytes
 
     @property
     def page_bytes(self) -> int:

@@ -12,10 +12,10 @@ _EXPORTS = {
     "heaviest": "plan_steps",
     "index_lists": "plan_steps",
     "merge": "reference",
-    "paged_decode": "cpu",
+    "paged_decode": "dispatch",
     "row_scores": "row_scoring",
-    "sparse_prefill": "cpu",
-    "write_kv": "cpu",
+    "sparse_prefill": "dispatch",
+    "write_kv": "dispatch",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -171,15 +171,26 @@ def sparse_prefill(
     indices: BlockIndices | None,
     *,
     scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.sparse_prefill`: same arguments, same meaning."""
+    """See `reference.sparse_prefill`: same arguments, same meaning, but no window.
+
+    Raises:
+        ValueError: arguments that do not fit together, or a window.
+    """
     library = native()
     if library is None:
         return reference.sparse_prefill(
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
-            scale=scale, out=out,
+            scale=scale, window=window, sinks=sinks, out=out,
         )  # fmt: skip
+    if window is not None:
+        raise ValueError(
+            f"window: got {window}; the CPU kernels know no sliding window, leave it out or use "
+            "kernels.reference"
+        )
     args = _Prefill()
     out, lse, keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
     starts = int32("query_start_loc", query_start_loc)
@@ -204,6 +215,9 @@ def sparse_prefill(
         )
         keep += lists
     check(library.vllm_sparse_prefill(ctypes.byref(args)), "sparse_prefill")
+    if sinks is not None:
+        shrunk, lse = reference.add_sink(out, lse, sinks)
+        out.copy_(shrunk)
     return out, lse
 
 

@@ -64,6 +64,13 @@ def attend(
     return p @ v.float(), lse
 
 
+def add_sink(
+    out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A result [..., D], [...] with one more logit in its softmax, which has no value."""
+    return merge(out, lse, torch.zeros_like(out), sink.float().expand_as(lse))
+
+
 def merge(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,6 +92,8 @@ def sparse_prefill(
     indices: BlockIndices | None,
     *,
     scale: float,
+    window: int | None = None,
+    sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each sequence's new queries over the selected cached keys.
@@ -100,10 +109,13 @@ def sparse_prefill(
         seq_lens: int32 [S], keys of each sequence, its new ones included.
         indices: what each query tile reads; None for every causal key.
         scale: factor on the logits.
+        window: a query sees its own key and the `window - 1` before it; None: all before it.
+        sinks: fp32 [H], a logit of each head that takes part in every softmax without a value.
         out: [T, H, D], written in place where given.
 
     Returns:
-        out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf where nothing is selected.
+        out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf where nothing is selected (with
+        sinks: 0 and the sink).
     """
     heads, group = q.shape[1], q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out
@@ -119,9 +131,12 @@ def sparse_prefill(
             position = torch.arange(rows.start, rows.stop, device=q.device) - end + seq_len
             for head in range(heads):
                 keys = _selected(indices, (tile0 + tile) * heads + head, seq_len, q.device)
-                mask = keys[None, :] <= position[:, None]
+                distance = position[:, None] - keys[None, :]
+                mask = (distance >= 0) & (distance < (seq_len if window is None else window))
                 kv = head // group
                 o, e = attend(q[rows, head], k[kv][keys], v[kv][keys], mask, scale)
+                if sinks is not None:
+                    o, e = add_sink(o, e, sinks[head])
                 out[rows, head] = o.to(out.dtype)
                 lse[rows, head] = e
         tile0 += num_tiles(end - begin)

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "host.h"
+
 namespace vllm_sparse {
 
 constexpr int64_t kInt8 = 3;  // after the DType of kernels/csrc/attention.h
@@ -100,7 +102,14 @@ struct GatherKernels {
   size_t (*score_scratch)(const Score&);
   void (*score)(const Score&, const ScoreItem&, int64_t first, int64_t last, float* scratch);
   float (*read)(const char* from, int64_t bytes);  // sums up memory, for comparison
+  size_t (*attend_scratch)(const Host&, int64_t rows);  // of an item of at most so many rows
+  void (*attend)(const Host&, HostItem&, float* scratch);
+  size_t (*append_scratch)(const Host&);
+  void (*append)(const Host&, const HostAppend&, const HostPiece&, float* scratch);
 };
+
+// Those that this process uses.
+const GatherKernels* offload_kernels();
 
 const GatherKernels* gather_generic();
 #if defined(__x86_64__)

@@ -85,9 +85,17 @@ float read_memory(const char* from, int64_t bytes) {
   return horizontal_sum(acc[0]);
 }
 
+}  // namespace
+}  // namespace vllm_sparse
+
+#include "host_attend.h"
+
+namespace vllm_sparse {
+namespace {
+
 constexpr GatherKernels make_gather_kernels(const char* name) {
-  return {name,    gather_scratch, gather_any, lsh_scratch,
-          lsh_any, score_scratch,  score_any,  read_memory};
+  return {name,      gather_scratch, gather_any,     lsh_scratch, lsh_any,            score_scratch,
+          score_any, read_memory,    attend_scratch, attend_any,  append_scratch_any, append_any};
 }
 
 }  // namespace

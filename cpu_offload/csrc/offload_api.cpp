@@ -41,6 +41,12 @@ const GatherKernels* kernels() {
   return chosen != nullptr ? chosen : available()[0];
 }
 
+}  // namespace
+
+const GatherKernels* offload_kernels() { return kernels(); }
+
+namespace {
+
 constexpr int64_t kMinSplit = 512;  // rows; below this a thread's start costs more than it saves
 constexpr int kPieces = 4;  // of work a thread, so that the last to finish is not far behind
 

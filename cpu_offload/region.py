@@ -1,0 +1,122 @@
+"""Shared memory of one worker: without a name, the owner's alone, gone with its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+from pathlib import Path
+
+HEADROOM = 0.05  # of the memory, left to everybody else
+
+
+class Region:
+    """Anonymous shared memory, zeroed and allocated in full.
+
+    There is no file anywhere that could stay behind: when the last process that maps it has ended,
+    by `kill -9` too, it is gone. Others map it through the owner's file descriptor.
+
+    Args:
+        nbytes: of it.
+
+    Raises:
+        MemoryError: this machine, or the container's limit, has no room for it.
+    """
+
+    def __init__(self, nbytes: int):
+        check_room(nbytes)
+        self.nbytes = nbytes
+        self.fd = os.memfd_create("vllm-sparse-kv", os.MFD_CLOEXEC)
+        try:
+            os.fchmod(self.fd, 0o600)
+            os.posix_fallocate(self.fd, 0, nbytes)
+            self._map = mmap.mmap(self.fd, nbytes)
+        except OSError as error:
+            os.close(self.fd)
+            raise _named(error, nbytes) from error
+        _huge_pages(self._map)
+        self.address = _address(self._map)
+
+    @property
+    def path(self) -> str:
+        """Where another process of this user opens it, while this one lives."""
+        return f"/proc/{os.getpid()}/fd/{self.fd}"
+
+    def close(self) -> None:
+        """Give this process's hold of it up; nothing may use its address any more."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            self._map.close()
+
+
+class Attached:
+    """Another process's region, by its descriptor here or its path; must be kept while in use."""
+
+    def __init__(self, source: int | str):
+        opened = isinstance(source, str)
+        fd = os.open(source, os.O_RDWR | os.O_CLOEXEC) if opened else source
+        try:
+            self.nbytes = os.fstat(fd).st_size
+            self._map = mmap.mmap(fd, self.nbytes)
+        finally:
+            os.close(fd)
+        _huge_pages(self._map)
+        self.address = _address(self._map)
+
+
+def check_room(nbytes: int) -> None:
+    """Raises MemoryError where this machine, or the container's limit, has no room for it."""
+    room = available_memory()
+    if nbytes > room:
+        raise MemoryError(
+            f"host memory: {nbytes / 2**30:.2f} GiB were asked for, and {room / 2**30:.2f} GiB are "
+            "available; give less with host_gib"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take, by the machine and by the container's limit."""
+    room = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                room.append(int(line.split()[1]) * 1024)
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            most = int(Path(folder, limit).read_text())
+            room.append(most - int(Path(folder, used).read_text()) + _reclaimable(folder))
+    return int(min(room) * (1 - HEADROOM)) if room else 1 << 62
+
+
+def _reclaimable(folder: str) -> int:
+    """The page cache that the container's usage counts."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path(folder, "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):
+                return int(line.split()[1])
+    return 0
+
+
+def _named(error: OSError, nbytes: int) -> OSError | MemoryError:
+    if error.errno in (errno.ENOMEM, errno.ENOSPC, errno.EFBIG):
+        return MemoryError(
+            f"host memory: the system has no {nbytes / 2**30:.2f} GiB of shared memory "
+            f"({error.strerror}); give less with host_gib"
+        )
+    return error
+
+
+def _huge_pages(memory: mmap.mmap) -> None:
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # not for shared memory here
+            memory.madvise(mmap.MADV_HUGEPAGE)
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -1,0 +1,124 @@
+"""Who answers beside a vLLM worker: a process, or a thread, that serves the ring of its region.
+
+Loads no torch. Run as a module it is a process: `python -m vllm_sparse.cpu_offload.worker JSON`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import signal
+import sys
+import threading
+
+from .host import HostShape
+from .region import Attached
+from .ring import Ring
+
+TURN = 0.2  # seconds of serving between looks at whether to go on
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What an answering process needs to know; plain data."""
+
+    owner: int  # process whose region it is, and with which this one ends
+    source: int | str  # descriptor of the region, or its path
+    shape: dict
+    ring_at: int
+    file: str
+    max_batch: int
+    actors: int
+    actor: int
+    spin_s: float
+    cpus: list[int]  # to run on; empty: where the system puts it
+    threads: int = 1
+    isa: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    def with_threads(self, threads: int) -> Task:
+        return dataclasses.replace(self, threads=threads)
+
+    @classmethod
+    def from_json(cls, text: str) -> Task:
+        return cls(**json.loads(text))
+
+
+class Server:
+    """Serves a task's ring until it closes, its owner ends, or `stop` is called.
+
+    Args:
+        address: of the region, where this process has it already.
+    """
+
+    def __init__(self, task: Task, address: int | None = None):
+        self.task = task
+        # Opened first: if the owner is gone already, so is the number.
+        self._owner = os.pidfd_open(task.owner)
+        self.region = Attached(task.source) if address is None else None
+        self.ring = Ring(
+            HostShape(**task.shape), address or self.region.address, task.ring_at, file=task.file,
+            max_batch=task.max_batch, actors=task.actors, spin_s=task.spin_s,
+        )  # fmt: skip
+        if task.isa:
+            self.ring.set_isa(task.isa)
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Serve with all threads; returns when it is over."""
+        if self.task.cpus:
+            with contextlib.suppress(OSError):  # a CPU that the container does not grant
+                os.sched_setaffinity(0, self.task.cpus)
+        others = [
+            threading.Thread(target=self._serve, daemon=True, name=f"vllm-sparse-{i}")
+            for i in range(1, self.task.threads)
+        ]
+        for thread in others:
+            thread.start()
+        self._serve()
+        for thread in others:
+            thread.join()
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+    def close(self) -> None:
+        """Give back the descriptor of the owner's process."""
+        os.close(self._owner)
+
+    def _serve(self) -> None:
+        while not self._stopped.is_set() and not self._orphaned():
+            if not self.ring.serve(self.task.actor, TURN):
+                return
+
+    def _orphaned(self) -> bool:
+        return bool(select.select([self._owner], [], [], 0)[0])
+
+
+def main() -> int:
+    task = Task.from_json(sys.argv[1])
+    # Ctrl-C is for the owner, who ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        server = Server(task)
+    except ProcessLookupError:
+        return 0  # the owner is gone
+    threading.Thread(target=_end_with, args=(task.owner,), daemon=True).start()
+    server.run()
+    return 0
+
+
+def _end_with(owner: int) -> None:
+    """End at once with the owner, whatever the others are doing."""
+    with contextlib.suppress(ProcessLookupError):
+        select.select([os.pidfd_open(owner)], [], [])
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

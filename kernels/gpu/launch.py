@@ -1,0 +1,144 @@
+"""The launch table: the constants, warps and stages that each Triton kernel is compiled with.
+
+What launches and what reports (`aot.py`, `benchmarks/compile_report.py`) both read it, so that the
+report is about what runs. A kernel's file adds its own entries with `@kernel`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+# Files with Triton kernels, each of which fills its part of the table.
+MODULES = ("pack_tiles", "prefill_tile", "write_kv")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU that kernels are compiled for."""
+
+    name: str
+    backend: str  # as Triton calls it
+    arch: int | str
+    warp_size: int
+    shared_bytes: int  # that one program may have
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "cuda", 80, 32, 166912),
+        Target("sm_90", "cuda", 90, 32, 232448),
+        Target("sm_100", "cuda", 100, 32, 232448),
+        Target("gfx942", "hip", "gfx942", 64, 65536),
+    )
+}
+
+DTYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+# What serving runs on; float32 is for the interpreter.
+SERVING_DTYPES = (torch.bfloat16, torch.float16)
+HEAD_SIZES = (64, 96, 128, 256)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to compile a kernel.
+
+    signature: the type of each argument that is no constant, as Triton writes types ("*bf16",
+    "i32", "fp32"); what is launched has just these types.
+    aligned: the arguments that are multiples of 16 (addresses and strides, as vLLM makes them).
+    """
+
+    name: str
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int
+    signature: Mapping[str, str]
+    serving: bool
+    aligned: frozenset[str] = frozenset()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return options(self.num_warps, self.num_stages)
+
+
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """Keyword arguments of a launch or a compilation, beside the constants."""
+    # Multiply-adds round once, which Triton 3.10 will not do unless told to.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A Triton function and its configurations on a target."""
+
+    name: str
+    function: Any  # triton.JITFunction
+    configs: Callable[[Target], Iterator[Config]]
+
+    def serving(self, target: Target) -> list[Config]:
+        return [config for config in self.configs(target) if config.serving]
+
+
+_kernels: dict[str, Kernel] = {}
+
+
+def kernel(function: Any) -> Callable:
+    """Enter a Triton function into the table; decorates the function target -> its Configs."""
+
+    def enter(configs: Callable[[Target], Iterator[Config]]) -> Callable:
+        name = function.__name__.strip("_")
+        _kernels[name] = Kernel(name, function, configs)
+        return configs
+
+    return enter
+
+
+def kernels() -> dict[str, Kernel]:
+    """Every kernel of the package by name."""
+    for module in MODULES:
+        importlib.import_module(f".{module}", __package__)
+    return dict(sorted(_kernels.items()))
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The Target whose configurations fit a device; a CPU's (the interpreter's) is sm_90.
+
+    Raises:
+        ValueError: no kernel is made for the device.
+    """
+    if device.type == "cpu":
+        return TARGETS["sm_90"]
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        if name in TARGETS:
+            return TARGETS[name]
+    elif device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"sm_{major}{minor}"
+        for least, target in ((100, "sm_100"), (90, "sm_90"), (80, "sm_80")):
+            # Consumer Blackwell (12.0) has no more shared memory for a program than Ada.
+            if 10 * major + minor >= least and major < 12:
+                return TARGETS[target]
+        if major >= 12:
+            return TARGETS["sm_80"]
+    else:
+        name = str(device)
+    raise ValueError(
+        f"device: the GPU kernels are made for {', '.join(TARGETS)}, got {name}; "
+        "use a dense backend there"
+    )
