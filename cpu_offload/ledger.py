@@ -10,7 +10,6 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from .pages import Pages
-from .pool import pages_of
 
 
 @dataclass
@@ -96,3 +95,8 @@ class Ledger:
         held = self.held.pop(request)
         self.promised -= held.most - len(held.pages)
         self.pages.release(held.pages)
+
+
+def pages_of(rows: int, page_rows: int) -> int:
+    """Pages that so many rows take."""
+    return -(-rows // page_rows)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -54,6 +55,8 @@ class HostKV:
                 pool.close_request(slot)
         for start in step.started:
             self._start(start)
+        if not step.rows:
+            self.pool.look()
         self.step = step
         self._owners, self._written = {}, set()
 
@@ -91,21 +94,22 @@ class HostKV:
         """
         place, step = self.places[layer], self._step()
         pool = self.pools[place.store]
-        for i, request in enumerate(requests):
-            slot = self.slots[request][place.store]
-            before, new = step.rows[request]
-            if (pool.length(slot, place.layer), starts[i + 1] - starts[i]) != (before, new):
+        slots = [self.slots[request][place.store] for request in requests]
+        counts = [b - a for a, b in pairwise(starts)]
+        for request, slot, count in zip(requests, slots, counts, strict=True):
+            there = pool.length(slot, place.layer)
+            if (there, count) != step.rows[request]:
+                before, new = step.rows[request]
                 raise RuntimeError(
-                    f"Layer {layer} of request {request!r} has "
-                    f"{pool.length(slot, place.layer)} rows in the host store and gets "
-                    f"{starts[i + 1] - starts[i]} more, where the scheduler counts {before} and "
-                    f"{new}; this is a fault of vllm-sparse, please report it"
+                    f"Layer {layer} of request {request!r} has {there} rows in the host store and "
+                    f"gets {count} more, where the scheduler counts {before} and {new}; this is a "
+                    "fault of vllm-sparse, please report it"
                 )
-            part = slice(starts[i], starts[i + 1])
-            keys: Sequence[Hashable] = step.keys.get(request, ())
-            pool.append(slot, place.layer, key[part], value[part], keys)
+        pool.append_each(place.layer, slots, key[: starts[-1]], value[: starts[-1]], counts)
+        for request, keys in step.keys.items():
+            pool.name(self.slots[request][place.store], step.rows[request][0], keys)
         self._written.add(layer)
-        rows = starts[len(requests)] * pool.layout.kv_heads
+        rows = starts[-1] * pool.layout.kv_heads
         self.counters["mirrored_bytes"] += rows * pool.layout.row_bytes
 
     def end(self) -> dict[str, int]:

@@ -245,9 +245,7 @@ class Pool:
 
     def forget(self) -> None:
         """Let no page be shared any more: the model that made its rows has changed."""
-        self.pages.forget()
-        for request in self._requests.values():
-            request.keys.clear()
+        self.store.forget()
 
     # Reading
 

@@ -7,11 +7,11 @@ import os
 GIB = 1 << 30
 
 
-def store_bytes(
-    host_gib: float | None, *, layers: int, row_bytes: int, page_rows: int, max_tokens: int,
+def store_pages(
+    host_gib: float | None, *, page_bytes: int, page_rows: int, max_tokens: int,
     max_requests: int, ranks: int,
 ) -> int:  # fmt: skip
-    """Bytes of one worker's stores; row_bytes is a row's of one layer.
+    """Pages of one worker's stores; page_bytes is a page's of all layers.
 
     Unless told, what all requests at their longest would need, and at most half of the memory that
     is free.
@@ -19,21 +19,20 @@ def store_bytes(
     Raises:
         ValueError: not even one request at its longest would fit.
     """
-    pages = -(-max_tokens // page_rows)
-    needed = pages * page_rows * row_bytes * layers
+    needed = -(-max_tokens // page_rows)
     if host_gib is None:
-        size = min(needed * max_requests, _available() // (2 * ranks))
+        pages = min(needed * max_requests, _available() // (2 * ranks) // page_bytes)
     else:
-        size = int(host_gib * GIB) // ranks
-    if size < needed:
+        pages = int(host_gib * GIB) // ranks // page_bytes
+    if pages < needed:
         given = "unset, which gives" if host_gib is None else f"{host_gib:g}, which is"
         raise ValueError(
-            f'additional_config["sparse"]["host_gib"] is {given} {size / GIB:.2f} GiB for each of '
-            f"{ranks} workers: one request of {max_tokens} tokens (--max-model-len) takes "
-            f"{needed / GIB:.2f} GiB there. Set host_gib to {needed * ranks / GIB:.2f} or "
-            "more, or lower --max-model-len"
+            f'additional_config["sparse"]["host_gib"] is {given} {pages * page_bytes / GIB:.2f} '
+            f"GiB for each of {ranks} workers: one request of {max_tokens} tokens "
+            f"(--max-model-len) takes {needed * page_bytes / GIB:.2f} GiB there. Set host_gib to "
+            f"{(needed + 1) * page_bytes * ranks / GIB:.2f} or more, or lower --max-model-len"
         )
-    return size
+    return pages
 
 
 def _available() -> int:

@@ -9,11 +9,13 @@ from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
 
 from ..kv_spec import OffloadWindowSpec
+from ..layout import Layout
 from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
+from ..sampling import Sampling
 from ..step import Step
 from .metrics import OffloadStats
-from .sizing import GIB, store_bytes
+from .sizing import GIB, store_pages
 
 logger = log.get_logger(__name__)
 
@@ -49,17 +51,20 @@ class WorkerSide:
         spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
         self.block_size = spec.block_size
         self.rank = get_tensor_model_parallel_rank()
-        ranks = get_tensor_model_parallel_world_size()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        row_bytes = 2 * spec.num_kv_heads * spec.head_size * spec.dtype.itemsize
-        size = store_bytes(
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        sampling = Sampling.of(config.decode, config.rows, None)
+        rows = spec.num_kv_heads, spec.head_size, spec.dtype, PAGE_ROWS
+        layouts = [Layout(len(offloaded), *rows, sampling.sketched, sampling.hash_tables)]
+        layouts += [Layout(len(resident), *rows)] if resident else []
+        page_bytes = sum(layout.page_bytes for layout in layouts)
+        pages = store_pages(
             config.host_gib,
-            layers=len(self.layers),
-            row_bytes=row_bytes,
+            page_bytes=page_bytes,
             page_rows=PAGE_ROWS,
             max_tokens=model.max_model_len,
             max_requests=scheduler.max_num_seqs,
-            ranks=ranks,
+            ranks=get_tensor_model_parallel_world_size(),
         )
         shape = {
             "heads": model.get_num_attention_heads(vllm_config.parallel_config),
@@ -70,26 +75,28 @@ class WorkerSide:
             "max_requests": 2 * scheduler.max_num_seqs,
             "max_tokens": model.max_model_len,
         }
-        part = size // len(self.layers)
         pool = Pool(
-            layers=len(offloaded), host_bytes=part * len(offloaded), sampler=config.decode,
-            **shape,
+            layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
+            rows=config.rows, kind="process" if config.actors else "inline",
+            actors=max(config.actors, 1), **shape,
         )  # fmt: skip
         mirror = None
         if resident:
-            mirror = Pool(layers=len(resident), host_bytes=part * len(resident), **shape)
+            mirror = Pool(
+                layers=len(resident), host_bytes=pages * layouts[1].page_bytes, **shape
+            )  # fmt: skip
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
-        capacity = pool.capacity()
         logger.info(
-            "Host store: %.2f GiB for the keys and values of %d tokens in %d layers, decode %s; "
-            "the device keeps a sink of %d tokens, a window of %d%s",
-            capacity.pages * capacity.page_rows * row_bytes * len(self.layers) / GIB,
-            capacity.pages * capacity.page_rows,
+            "Host store: %.2f GiB for %d tokens of %d layers, decode %s by %s; the device keeps a "
+            "sink of %d tokens and a window of %d%s",
+            pages * page_bytes / GIB,
+            pages * PAGE_ROWS,
             len(self.layers),
             config.decode,
+            f"{config.actors} processes and the worker" if config.actors else "the worker",
             config.sink,
             config.window,
-            f", and all of layers {sorted(resident)}" if resident else "",
+            f", and layers {sorted(resident)} whole" if resident else "",
         )
         self.kv_caches: dict = {}
         self.reported: dict[str, float] = {}
