@@ -136,3 +136,15 @@ def test_a_full_host_queues(llama, dense):
     assert prefix.cached == [0, 7 * 256]
     assert max(crowd.held) == max(crowd.running) == 3
     assert result.stats["queued"] > 0
+
+
+def test_an_actor_is_killed_while_it_decodes(llama, dense):
+    result = serve(
+        llama, "crowd", kill_at={80: "cpu_offload.worker", 100: "cpu_offload.worker"},
+        **exact(actors=1),
+    )  # fmt: skip
+    (crowd,) = result.phases
+    assert len(crowd.killed) >= 1
+    assert crowd.tokens == phase(dense, "crowd").tokens
+    assert max(crowd.seconds[80:]) < 2.0
+    assert result.stats["restarts"] >= 1

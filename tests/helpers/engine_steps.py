@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class Phase:
     running: list[int]  # requests that run
     used: list[int]  # device blocks in use
     held: list[int]  # requests in the host stores
+    seconds: list[float]  # that the step took
+    killed: list[int]  # processes
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,13 @@ class Steps:
 
 
 def run_steps(
-    model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None, **engine
-) -> Steps:
+    model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None,
+    kill_at: dict[int, str] | None = None, **engine,
+) -> Steps:  # fmt: skip
     """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
 
-    Steps are counted from 0 in each phase, which ends when all of its requests have.
+    Steps are counted from 0 in each phase, which ends when all of its requests have. In the first
+    phase `kill_at` ends processes at a step, by SIGKILL: those with this text in their command.
     """
     arguments = {
         "model": model,
@@ -53,7 +58,7 @@ def run_steps(
         "disable_log_stats": False,
         **engine,
     }
-    job = json.dumps({"engine": arguments, "phases": phases})
+    job = json.dumps({"engine": arguments, "phases": phases, "kill_at": kill_at or {}})
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -84,7 +89,10 @@ def _serve(job: dict) -> dict:
 
     llm = LLM(**job["engine"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    phases = [_phase(llm, scheduler, n, x) for n, x in enumerate(job["phases"])]
+    phases = [
+        _phase(llm, scheduler, n, x, job["kill_at"] if n == 0 else {})
+        for n, x in enumerate(job["phases"])
+    ]
     stats = {
         metric.name.removeprefix("vllm:sparse_offload_"): metric.value
         for metric in llm.get_metrics()
@@ -94,7 +102,8 @@ def _serve(job: dict) -> dict:
     return {"phases": phases, "blocks": blocks, "stats": stats}
 
 
-def _phase(llm, scheduler, number: int, requests: list[dict]) -> dict:
+def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str]) -> dict:
+    import psutil
     from vllm import SamplingParams
 
     engine, pool = llm.llm_engine, scheduler.kv_cache_manager.block_pool
@@ -102,7 +111,7 @@ def _phase(llm, scheduler, number: int, requests: list[dict]) -> dict:
     names = [f"{number}-{i}" for i in range(len(requests))]
     result = {
         "tokens": [[] for _ in requests], "cached": [0] * len(requests),
-        "running": [], "used": [], "held": [],
+        "running": [], "used": [], "held": [], "seconds": [], "killed": [],
     }  # fmt: skip
 
     def preemptions() -> int:
@@ -119,7 +128,14 @@ def _phase(llm, scheduler, number: int, requests: list[dict]) -> dict:
                 engine.add_request(name, {"prompt_token_ids": request["prompt"]}, sampling)
             if request["cancel"] == step:
                 engine.abort_request([name])
-        for output in engine.step():
+        for process in psutil.Process().children(recursive=True) if str(step) in kill_at else ():
+            if kill_at[str(step)] in " ".join(process.cmdline()):
+                process.kill()
+                result["killed"].append(process.pid)
+        begin = time.perf_counter()
+        outputs = engine.step()
+        result["seconds"].append(time.perf_counter() - begin)
+        for output in outputs:
             i = names.index(output.request_id)
             result["tokens"][i] = list(output.outputs[0].token_ids)
             result["cached"][i] = output.num_cached_tokens
