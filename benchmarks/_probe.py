@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from dataclasses import asdict
 from typing import Any
@@ -18,13 +17,9 @@ class WorkerProbe:
 
         from vllm_sparse.stats import STATS
 
-        host: dict[str, float] = {}
-        if worker := sys.modules.get("vllm_sparse.cpu_offload.connector.worker"):
-            host, _ = worker.host().totals()
         return {
             "pid": os.getpid(),
             "cpu_s": time.process_time(),
             "threads": torch.get_num_threads(),
             "stats": asdict(STATS),
-            "host": host,
         }

@@ -23,7 +23,6 @@ def test_defaults(nothing):
         "dense_layers": (),
         "window": 1024,
         "sink": 16,
-        "rows": None,
         "actors": 0,
         "resident_layers": (0,),
         "host_gib": None,
@@ -78,12 +77,11 @@ def test_text_from_the_command_line(key, value, expected):
         ("break_even", True, "a whole number of tokens from 0"),
         ("break_even", "auto", "a whole number of tokens from 0"),
         ("patterns", 3, "the path of a pattern file"),
-        ("decode", "sparse", '"dense", "exact", "lsh"'),
+        ("decode", "sparse", '"dense" or "exact"'),
         ("window", 15, "a whole number of tokens from 16"),
         ("window", True, "a whole number of tokens from 16"),
         ("sink", -1, "a whole number of tokens from 0"),
         ("host_gib", 0, "a number above 0"),
-        ("rows", 8, "a whole number from 16"),
         ("actors", -1, "a whole number from 0"),
         ("host_gib", float("inf"), "a number above 0"),
         ("host_gib", True, "a number above 0"),
@@ -124,6 +122,7 @@ def test_every_error_is_said_at_once():
 @pytest.mark.parametrize(
     "key, value, later",
     [
+        ("decode", "lsh", "sampled decode in the server"),
         ("softmax", "unified", "decode on GPUs"),
     ],
 )

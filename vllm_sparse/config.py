@@ -14,18 +14,18 @@ ALLOWED = {
     "coverage": "a number from 0 to 1: the share of attention mass that a head must cover",
     "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
-    "decode": '"dense", "exact", "lsh", "vattention" or "topk"',
+    "decode": '"dense" or "exact"',
     "softmax": '"online"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
     "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
     "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
-    "rows": "a whole number from 16: the most rows that a KV head samples, or null to choose",
     "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself)",
     "resident_layers": "a list of layer numbers from 0, whose keys and values stay on the device",
     "host_gib": "a number above 0: GiB of host memory for keys and values, or null to choose",
 }
 # Values that are announced, with what brings them.
 LATER = {
+    "decode": dict.fromkeys(("lsh", "vattention", "topk"), "sampled decode in the server"),
     "softmax": dict.fromkeys(("unified", "lazy"), "decode on GPUs"),
 }
 
@@ -38,13 +38,12 @@ class SparseConfig(BaseModel):
     coverage: float = Field(0.95, ge=0, le=1)
     break_even: int | None = Field(None, ge=0)
     patterns: str | None = None
-    decode: Literal["dense", "exact", "lsh", "vattention", "topk"] = "dense"
+    decode: Literal["dense", "exact"] = "dense"
     softmax: Literal["online"] = "online"
     dense_layers: tuple[int, ...] = ()
     # What follows is for decode other than "dense".
     window: int = Field(1024, ge=16)
     sink: int = Field(16, ge=0)
-    rows: int | None = Field(None, ge=16)
     actors: int = Field(0, ge=0)
     resident_layers: tuple[int, ...] = (0,)
     host_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -85,7 +84,7 @@ class SparseConfig(BaseModel):
                 )
 
     @field_validator(
-        "coverage", "break_even", "window", "sink", "rows", "actors", "host_gib", mode="before"
+        "coverage", "break_even", "window", "sink", "actors", "host_gib", mode="before"
     )
     @classmethod
     def _no_truth_value(cls, value: Any) -> Any:

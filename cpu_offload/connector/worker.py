@@ -53,7 +53,7 @@ class WorkerSide:
         self.rank = get_tensor_model_parallel_rank()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        sampling = Sampling.of(config.decode, config.rows, None)
+        sampling = Sampling.of(config.decode, None, None)
         rows = spec.num_kv_heads, spec.head_size, spec.dtype, PAGE_ROWS
         layouts = [Layout(len(offloaded), *rows, sampling.sketched, sampling.hash_tables)]
         layouts += [Layout(len(resident), *rows)] if resident else []
@@ -77,7 +77,7 @@ class WorkerSide:
         }
         pool = Pool(
             layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
-            rows=config.rows, kind="process" if config.actors else "inline",
+            kind="process" if config.actors else "inline",
             actors=max(config.actors, 1), **shape,
         )  # fmt: skip
         mirror = None
