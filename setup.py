@@ -85,12 +85,14 @@ setup(
         "vllm_sparse.kernels",
         "vllm_sparse.kernels.gpu",
         "vllm_sparse.cpu_offload",
+        "vllm_sparse.cpu_offload.connector",
     ],
     # `kernels` as an import name belongs to Hugging Face's package.
     package_dir={
         "vllm_sparse.kernels": "kernels",
         "vllm_sparse.kernels.gpu": "kernels/gpu",
         "vllm_sparse.cpu_offload": "cpu_offload",
+        "vllm_sparse.cpu_offload.connector": "cpu_offload/connector",
     },
     entry_points={
         "vllm.general_plugins": ["sparse = vllm_sparse.plugin:register"],

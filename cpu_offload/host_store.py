@@ -248,6 +248,12 @@ class HostStore:
         self._drop(slot, kept)
         request.keys = {n: key for n, key in request.keys.items() if n < rows // size}
 
+    def forget(self) -> None:
+        """Let no page be shared any more."""
+        self.pages.forget()
+        for request in self.requests.values():
+            request.keys.clear()
+
     def close_request(self, slot: int) -> None:
         self.of(slot)
         self._drop(slot, 0)

@@ -100,6 +100,10 @@ class Pages:
         """The page of a key, not held; None: there is none."""
         return self._by_key.get(key)
 
+    def references(self, page: int) -> int:
+        """How many hold a page."""
+        return self._pages[page].references
+
     def acquire(self, key: Hashable) -> int | None:
         """The page of a key, to be released once; None: there is none."""
         page = self._by_key.get(key)
@@ -124,6 +128,14 @@ class Pages:
             else:
                 self._idle[held.key] = page
         return freed
+
+    def forget(self) -> None:
+        """Let no page be found any more; those that nobody holds are free."""
+        for page in self._by_key.values():
+            self._pages[page].key = None
+        self._free += self._idle.values()
+        self._by_key.clear()
+        self._idle.clear()
 
     def shared(self, page: int) -> bool:
         """Whether the page may not be written to: others hold it, or can find it."""

@@ -243,6 +243,10 @@ class Pool:
         """Give back a slot and its pages; pages under a key stay until they are needed."""
         self.store.close_request(slot)
 
+    def forget(self) -> None:
+        """Let no page be shared any more: the model that made its rows has changed."""
+        self.store.forget()
+
     # Reading
 
     def prefill_view(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,13 @@ def test_defaults(nothing):
         "decode": "dense",
         "softmax": "online",
         "dense_layers": (),
+        "window": 1024,
+        "sink": 16,
+        "actors": 0,
+        "resident_layers": (0,),
+        "host_gib": None,
     }
+    assert not config.offloads
 
 
 def test_what_is_given_is_kept():
@@ -52,6 +58,11 @@ def test_it_cannot_be_changed():
         ("dense_layers", 3, (3,)),
         ("dense_layers", "0,3", (0, 3)),
         ("dense_layers", ["0", "3"], (0, 3)),
+        ("resident_layers", "[]", ()),
+        ("resident_layers", "", ()),
+        ("resident_layers", [2, 0], (0, 2)),
+        ("window", "256", 256),
+        ("host_gib", "1.5", 1.5),
     ],
 )
 def test_text_from_the_command_line(key, value, expected):
@@ -71,7 +82,15 @@ def test_text_from_the_command_line(key, value, expected):
         ("break_even", True, "a whole number of tokens from 0"),
         ("break_even", "auto", "a whole number of tokens from 0"),
         ("patterns", 3, "the path of a pattern file"),
-        ("decode", "sparse", '"dense"'),
+        ("decode", "sparse", '"dense" or "exact"'),
+        ("window", 15, "a whole number of tokens from 16"),
+        ("window", True, "a whole number of tokens from 16"),
+        ("sink", -1, "a whole number of tokens from 0"),
+        ("host_gib", 0, "a number above 0"),
+        ("actors", -1, "a whole number from 0"),
+        ("host_gib", float("inf"), "a number above 0"),
+        ("host_gib", True, "a number above 0"),
+        ("resident_layers", [-1], "a list of layer numbers from 0"),
         ("softmax", None, '"online", "lazy" or "unified"'),
         ("dense_layers", [-1], "a list of layer numbers from 0"),
         ("dense_layers", "last", "a list of layer numbers from 0"),
@@ -108,8 +127,8 @@ def test_every_error_is_said_at_once():
 @pytest.mark.parametrize(
     "key, value, later",
     [
-        ("decode", "lsh", "CPU offloading"),
-        ("decode", "exact", "CPU offloading"),
+        ("decode", "lsh", "sampled decode in the server"),
+        ("decode", "topk", "sampled decode in the server"),
     ],
 )
 def test_what_comes_later_is_said_to(key, value, later):
@@ -127,3 +146,5 @@ def test_dense_layers_must_exist():
     config.check_layers(5)
     with pytest.raises(ValueError, match=r"names \[4\]: the model has the layers 0 to 3"):
         config.check_layers(4)
+    with pytest.raises(ValueError, match=r'"resident_layers"\] names \[9\]'):
+        parse(resident_layers=[0, 9], decode="exact").check_layers(4)

@@ -14,13 +14,18 @@ ALLOWED = {
     "coverage": "a number from 0 to 1: the share of attention mass that a head must cover",
     "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
-    "decode": '"dense"',
+    "decode": '"dense" or "exact"',
     "softmax": '"online", "lazy" or "unified"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
+    "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
+    "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
+    "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself)",
+    "resident_layers": "a list of layer numbers from 0, whose keys and values stay on the device",
+    "host_gib": "a number above 0: GiB of host memory for keys and values, or null to choose",
 }
 # Values that are announced, with what brings them.
 LATER = {
-    "decode": dict.fromkeys(("lsh", "vattention", "topk", "exact"), "CPU offloading"),
+    "decode": dict.fromkeys(("lsh", "vattention", "topk"), "sampled decode in the server"),
 }
 
 
@@ -32,9 +37,20 @@ class SparseConfig(BaseModel):
     coverage: float = Field(0.95, ge=0, le=1)
     break_even: int | None = Field(None, ge=0)
     patterns: str | None = None
-    decode: Literal["dense"] = "dense"
+    decode: Literal["dense", "exact"] = "dense"
     softmax: Literal["online", "lazy", "unified"] = "online"
     dense_layers: tuple[int, ...] = ()
+    # What follows is for decode other than "dense".
+    window: int = Field(1024, ge=16)
+    sink: int = Field(16, ge=0)
+    actors: int = Field(0, ge=0)
+    resident_layers: tuple[int, ...] = (0,)
+    host_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether keys and values of past tokens lie in host memory."""
+        return self.decode != "dense"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> SparseConfig:
@@ -57,30 +73,35 @@ class SparseConfig(BaseModel):
             raise ValueError("\n".join(_explain(given, error))) from None
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError if `dense_layers` names a layer that the model does not have."""
-        beyond = [i for i in self.dense_layers if i >= num_layers]
-        if beyond:
-            raise ValueError(
-                f'{SECTION}["dense_layers"] names {beyond}: '
-                f"the model has the layers 0 to {num_layers - 1}"
-            )
+        """Raise ValueError if a setting names a layer that the model does not have."""
+        for key in ("dense_layers", "resident_layers"):
+            beyond = [i for i in getattr(self, key) if i >= num_layers]
+            if beyond:
+                raise ValueError(
+                    f'{SECTION}["{key}"] names {beyond}: '
+                    f"the model has the layers 0 to {num_layers - 1}"
+                )
 
-    @field_validator("coverage", "break_even", mode="before")
+    @field_validator(
+        "coverage", "break_even", "window", "sink", "actors", "host_gib", mode="before"
+    )
     @classmethod
     def _no_truth_value(cls, value: Any) -> Any:
         if isinstance(value, bool):  # pydantic would read true as 1
             raise ValueError("a truth value")
         return value
 
-    @field_validator("dense_layers", mode="before")
+    @field_validator("dense_layers", "resident_layers", mode="before")
     @classmethod
     def _layer_list(cls, value: Any) -> Any:
         # `--additional-config.sparse.dense_layers 3` arrives as 3, and `... 0,3` as the string.
         if isinstance(value, int) and not isinstance(value, bool):
             return (value,)
-        return value.split(",") if isinstance(value, str) else value
+        if isinstance(value, str):
+            return [part for part in value.strip("[] ").split(",") if part]
+        return value
 
-    @field_validator("dense_layers")
+    @field_validator("dense_layers", "resident_layers")
     @classmethod
     def _from_zero(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if any(i < 0 for i in value):

@@ -135,6 +135,10 @@ def check_config(vllm_config) -> None:
         from .runtime import Model, fit_patterns  # loads the kernels and the planner
 
         fit_patterns(config, Model.of(vllm_config))
+        if config.offloads:
+            from .cpu_offload.connector import install as offloading
+
+            offloading.install(vllm_config, config)
     # vLLM sets it only where every layer has the window.
     window = getattr(vllm_config.cache_config, "sliding_window", None)
     if window is not None:

@@ -15,12 +15,13 @@ from . import log
 from .config import SparseConfig
 from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
-from .impl import layer_index, refuse_special
+from .impl import refuse_special
 from .kernels.block_indices import BLOCK
 from .kernels.gpu.block_means import PageSums, unit
 from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
 from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.softmax_modes import Softmax
+from .layer_names import layer_index
 from .planner.device import plan_on_device
 from .runtime import Model
 from .stats import STATS

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -12,10 +12,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from . import kernels
 from .config import SparseConfig
+from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
 from .planner import plan_prefill
 from .runtime import Model, count_flagged, start
 from .stats import STATS
+
+if TYPE_CHECKING:
+    from .offload import OffloadedLayer
 
 
 class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
@@ -69,6 +73,11 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             chunk=vllm_config.scheduler_config.max_num_batched_tokens,
         )
         self.break_even = self.runtime.break_even
+        self.offload: OffloadedLayer | None = None
+        if self.config.offloads:
+            from .cpu_offload import kv_spec
+
+            kv_spec.install()  # vLLM asks the layers what they keep once all of them are made
         # The layer's number is first seen in forward.
         self.patterns: tuple | None = None
         self.phi: torch.Tensor | None = None
@@ -107,11 +116,21 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         if self.patterns is None:
             self._find_patterns(layer.layer_name)
         k_cache, v_cache = self._split(kv_cache)
+        if self.config.offloads:
+            return self._forward_offloaded(
+                layer.layer_name, query, key, value, k_cache, v_cache, attn_metadata, output
+            )
+        return self._attend(query, k_cache, v_cache, attn_metadata, output)
+
+    def _attend(
+        self, query: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+        attn_metadata: SparseMetadata, output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`forward` over a cache that has every key."""
         decodes = attn_metadata.num_decodes
         if decodes:
             self._decode(attn_metadata, query[:decodes], k_cache, v_cache, output[:decodes])
-        dense = self.always_dense
-        for segment in attn_metadata.dense_segments if dense else attn_metadata.segments:
+        for segment in self._segments(attn_metadata):
             rows = slice(segment.begin, segment.end)
             self._prefill(segment, query[rows], k_cache, v_cache, output[rows])
         return output
@@ -139,6 +158,36 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         )
         if self.phi is not None:
             count_flagged(flagged)
+
+    def _segments(self, attn_metadata: SparseMetadata) -> list[Segment]:
+        return attn_metadata.dense_segments if self.always_dense else attn_metadata.segments
+
+    def _forward_offloaded(
+        self, layer_name: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: SparseMetadata,
+        output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`forward` where past keys and values lie in host memory."""
+        if self.offload is None:
+            from .offload import OffloadedLayer
+
+            self.offload = OffloadedLayer(layer_name, self.config, self.scale)
+        batch = self.offload.append(metadata, key, value, k_cache.shape[2])
+        if self.offload.resident:
+            return self._attend(query, k_cache, v_cache, metadata, output)
+        decodes = metadata.num_decodes
+        if decodes:
+            self.offload.decode(
+                batch, metadata, query[:decodes], k_cache, v_cache, output[:decodes],
+                softmax=self.config.softmax, phi=self.phi, flagged=self.runtime.flagged,
+            )  # fmt: skip
+            if self.phi is not None:
+                count_flagged(self.runtime.flagged)
+        for device_segment in self._segments(metadata):
+            segment, k_pages, v_pages = self.offload.segment(batch, device_segment)
+            rows = slice(segment.begin, segment.end)
+            self._prefill(segment, query[rows], k_pages, v_pages, output[rows])
+        return output
 
     def _prefill(
         self,
@@ -188,21 +237,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         self.always_dense = index in self.config.dense_layers or all(
             p.kind == "dense" for p in self.patterns
         )
-
-
-def layer_index(layer_name: str) -> int:
-    """Number of the decoder layer in a name such as `model.layers.3.self_attn.attn`.
-
-    Raises:
-        ValueError: the name holds no number.
-    """
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", layer_name)
-    if not found:
-        raise ValueError(
-            f"The sparse attention backend cannot tell the layer number from {layer_name!r}: "
-            "expected a name such as 'model.layers.3.self_attn.attn'"
-        )
-    return int(found[1])
 
 
 def refuse_special(

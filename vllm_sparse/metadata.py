@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -25,6 +26,7 @@ class Segment:
 
     begin: int  # first row of the batch's queries
     end: int
+    first: int  # number in the batch of its first sequence
     query_start_loc: torch.Tensor  # int32 [S + 1], from 0
     seq_lens: torch.Tensor  # int32 [S], new tokens included
     block_table: torch.Tensor  # int32 [S, P]
@@ -43,7 +45,7 @@ class Segment:
         )
 
 
-@dataclass(frozen=True)
+@dataclass
 class SparseMetadata:
     """One step: the decoding sequences first, one row each, then the prefill segments."""
 
@@ -53,6 +55,10 @@ class SparseMetadata:
     decode_block_table: torch.Tensor  # int32 [num_decodes, P]
     segments: list[Segment]  # cut where sparse and dense sequences meet
     dense_segments: list[Segment]  # all prefill as one, for layers that are always dense
+    starts: list[int]  # first row of each sequence, and the end
+    seq_lens: list[int]  # of each sequence, new tokens included
+    block_table: torch.Tensor  # int32 [S, P]
+    batch: Any = None  # offload.Batch, made by the first layer that needs it
 
 
 class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
@@ -107,6 +113,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             return Segment(
                 begin=starts[first],
                 end=starts[last],
+                first=first,
                 query_start_loc=query_start_loc - query_start_loc[0],
                 seq_lens=common.seq_lens[first:last],
                 block_table=common.block_table_tensor[first:last],
@@ -124,6 +131,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             decode_block_table=common.block_table_tensor[:num_decodes],
             segments=[segment(a, b, sparse[a]) for a, b in itertools.pairwise(bounds)],
             dense_segments=[segment(num_decodes, num_seqs, False)] if bounds else [],
+            starts=starts[: num_seqs + 1],
+            seq_lens=seq_lens,
+            block_table=common.block_table_tensor,
         )
         if self.counts:
             self._count(metadata, sum(sparse), num_seqs)

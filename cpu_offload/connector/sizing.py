@@ -1,0 +1,45 @@
+"""How much host memory the stores get."""
+
+from __future__ import annotations
+
+import os
+
+GIB = 1 << 30
+
+
+def store_pages(
+    host_gib: float | None, *, page_bytes: int, page_rows: int, max_tokens: int,
+    max_requests: int, ranks: int,
+) -> int:  # fmt: skip
+    """Pages of one worker's stores; page_bytes is a page's of all layers.
+
+    Unless told, what all requests at their longest would need, and at most half of the memory that
+    is free.
+
+    Raises:
+        ValueError: not even one request at its longest would fit.
+    """
+    needed = -(-max_tokens // page_rows)
+    if host_gib is None:
+        pages = min(needed * max_requests, _available() // (2 * ranks) // page_bytes)
+    else:
+        pages = int(host_gib * GIB) // ranks // page_bytes
+    if pages < needed:
+        given = "unset, which gives" if host_gib is None else f"{host_gib:g}, which is"
+        raise ValueError(
+            f'additional_config["sparse"]["host_gib"] is {given} {pages * page_bytes / GIB:.2f} '
+            f"GiB for each of {ranks} workers: one request of {max_tokens} tokens "
+            f"(--max-model-len) takes {needed * page_bytes / GIB:.2f} GiB there. Set host_gib to "
+            f"{(needed + 1) * page_bytes * ranks / GIB:.2f} or more, or lower --max-model-len"
+        )
+    return pages
+
+
+def _available() -> int:
+    """Bytes of memory that are free for new use."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

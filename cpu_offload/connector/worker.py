@@ -1,0 +1,132 @@
+"""The connector in a vLLM worker: owns the host stores, and gives them to the attention layers."""
+
+from __future__ import annotations
+
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+from vllm_sparse import log
+from vllm_sparse.config import SparseConfig
+from vllm_sparse.layer_names import layer_index
+
+from ..kv_spec import OffloadWindowSpec
+from ..layout import Layout
+from ..mirror import HostKV
+from ..pool import PAGE_ROWS, Pool
+from ..sampling import Sampling
+from ..step import Step
+from .metrics import OffloadStats
+from .sizing import GIB, store_pages
+
+logger = log.get_logger(__name__)
+
+_WORKER: WorkerSide | None = None
+
+
+def host() -> HostKV:
+    """The host stores of this process."""
+    assert _WORKER is not None, "the connector is made before the model runs"
+    return _WORKER.host
+
+
+def kv_cache_group(layer_name: str) -> int:
+    """The number of the KV cache group that a layer belongs to."""
+    assert _WORKER is not None
+    return _WORKER.groups[layer_name]
+
+
+class WorkerSide:
+    def __init__(self, vllm_config, kv_cache_config) -> None:
+        global _WORKER
+        config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        self.groups: dict[str, int] = {}
+        self.layers: dict[int, str] = {}  # layer numbers of the model -> names
+        offloaded, resident = [], []
+        for i, group in enumerate(kv_cache_config.kv_cache_groups):
+            for name in group.layer_names:
+                self.groups[name] = i
+                number = layer_index(name)
+                self.layers[number] = name
+                windowed = isinstance(group.kv_cache_spec, OffloadWindowSpec)
+                (offloaded if windowed else resident).append(number)
+        spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec
+        self.block_size = spec.block_size
+        self.rank = get_tensor_model_parallel_rank()
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        sampling = Sampling.of(config.decode, None, None)
+        rows = spec.num_kv_heads, spec.head_size, spec.dtype, PAGE_ROWS
+        layouts = [Layout(len(offloaded), *rows, sampling.sketched, sampling.hash_tables)]
+        layouts += [Layout(len(resident), *rows)] if resident else []
+        page_bytes = sum(layout.page_bytes for layout in layouts)
+        pages = store_pages(
+            config.host_gib,
+            page_bytes=page_bytes,
+            page_rows=PAGE_ROWS,
+            max_tokens=model.max_model_len,
+            max_requests=scheduler.max_num_seqs,
+            ranks=get_tensor_model_parallel_world_size(),
+        )
+        shape = {
+            "heads": model.get_num_attention_heads(vllm_config.parallel_config),
+            "kv_heads": spec.num_kv_heads,
+            "head_size": spec.head_size,
+            "dtype": spec.dtype,
+            # Preempted requests keep their slot while others run.
+            "max_requests": 2 * scheduler.max_num_seqs,
+            "max_tokens": model.max_model_len,
+        }
+        pool = Pool(
+            layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
+            kind="process" if config.actors else "inline",
+            actors=max(config.actors, 1), **shape,
+        )  # fmt: skip
+        mirror = None
+        if resident:
+            mirror = Pool(
+                layers=len(resident), host_bytes=pages * layouts[1].page_bytes, **shape
+            )  # fmt: skip
+        self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
+        logger.info(
+            "Host store: %.2f GiB for %d tokens of %d layers, decode %s by %s; the device keeps a "
+            "sink of %d tokens and a window of %d%s",
+            pages * page_bytes / GIB,
+            pages * PAGE_ROWS,
+            len(self.layers),
+            config.decode,
+            f"{config.actors} processes and the worker" if config.actors else "the worker",
+            config.sink,
+            config.window,
+            f", and layers {sorted(resident)} whole" if resident else "",
+        )
+        self.kv_caches: dict = {}
+        self.reported: dict[str, float] = {}
+        _WORKER = self
+
+    def register_kv_caches(self, kv_caches) -> None:
+        self.kv_caches = kv_caches
+
+    def begin(self, step: Step) -> None:
+        self.host.begin(step)
+        for start in step.started:
+            if not start.rows:
+                continue
+            for number, name in self.layers.items():
+                self.host.load(
+                    start, number, self.groups[name], self.block_size, self.kv_caches[name]
+                )
+
+    def end(self) -> None:
+        self.host.check()
+
+    def take_acknowledged(self) -> dict[str, int]:
+        return self.host.end()
+
+    def stats(self) -> OffloadStats:
+        """What came since the last call."""
+        counters, gauges = self.host.totals()
+        added = {name: value - self.reported.get(name, 0) for name, value in counters.items()}
+        self.reported = counters
+        return OffloadStats.of(added, self.rank, gauges)
+
+    def shutdown(self) -> None:
+        self.host.shutdown()

@@ -1,0 +1,166 @@
+"""The host stores of one vLLM worker, and which request stands in which row of a batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .pool import Pool
+from .step import Start, Step
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's rows are kept."""
+
+    store: int  # 0: offloaded layers, 1: resident ones
+    layer: int  # its number there
+
+
+class HostKV:
+    """Keys and values of all layers in host memory.
+
+    Layers that decode reads from here have a pool; resident layers, which decode reads on the
+    device, have one of their own, for requests that are preempted and prefixes that come again.
+
+    Args:
+        offloaded: layer numbers of the model, in order; resident: likewise.
+        pool: of the offloaded layers; mirror: of the resident ones, None without any.
+    """
+
+    def __init__(
+        self, offloaded: Sequence[int], resident: Sequence[int], pool: Pool, mirror: Pool | None
+    ):
+        self.pool = pool
+        self.pools = [pool] if mirror is None else [pool, mirror]
+        self.places = {layer: Place(0, i) for i, layer in enumerate(offloaded)}
+        self.places |= {layer: Place(1, i) for i, layer in enumerate(resident)}
+        self.slots: dict[str, list[int]] = {}  # of each open request, by store
+        self.step: Step | None = None
+        self.counters: Counter[str] = Counter()  # since the start
+        self._owners: dict[int, dict[int, str]] = {}
+        self._written: set[int] = set()
+
+    def begin(self, step: Step) -> None:
+        """Follow the scheduler: end, begin and cut requests, before the model runs."""
+        if step.forget:
+            for pool in self.pools:
+                pool.forget()
+        for request in step.closed:
+            for pool, slot in zip(self.pools, self.slots.pop(request), strict=True):
+                pool.close_request(slot)
+        for start in step.started:
+            self._start(start)
+        if not step.rows:
+            self.pool.look()
+        self.step = step
+        self._owners, self._written = {}, set()
+
+    def _start(self, start: Start) -> None:
+        if start.request in self.slots:
+            for pool, slot in zip(self.pools, self.slots[start.request], strict=True):
+                pool.truncate(slot, start.rows)
+            return
+        self.slots[start.request] = [pool.open(start.request) for pool in self.pools]
+        for pool, slot in zip(self.pools, self.slots[start.request], strict=True):
+            found = pool.share(slot, start.keys)
+            if found != start.rows:
+                raise RuntimeError(
+                    f"The host store has {found} rows of a prefix of which the scheduler counts "
+                    f"on {start.rows}; this is a fault of vllm-sparse, please report it"
+                )
+
+    def requests(self, group: int, tails: Sequence[int]) -> list[str]:
+        """The requests whose last blocks in a KV cache group are these."""
+        if group not in self._owners:
+            self._owners[group] = {
+                blocks[group]: request for request, blocks in self._step().tails.items()
+            }
+        return [self._owners[group][tail] for tail in tails]
+
+    def append(
+        self, layer: int, requests: Sequence[str], starts: Sequence[int],
+        key: torch.Tensor, value: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Mirror a step's rows of a layer.
+
+        Args:
+            requests: in the order of the batch; starts: the first row of each, and the end.
+            key, value: [T, Hkv, D].
+        """
+        place, step = self.places[layer], self._step()
+        pool = self.pools[place.store]
+        slots = [self.slots[request][place.store] for request in requests]
+        counts = [b - a for a, b in pairwise(starts)]
+        for request, slot, count in zip(requests, slots, counts, strict=True):
+            there = pool.length(slot, place.layer)
+            if (there, count) != step.rows[request]:
+                before, new = step.rows[request]
+                raise RuntimeError(
+                    f"Layer {layer} of request {request!r} has {there} rows in the host store and "
+                    f"gets {count} more, where the scheduler counts {before} and {new}; this is a "
+                    "fault of vllm-sparse, please report it"
+                )
+        pool.append_each(place.layer, slots, key[: starts[-1]], value[: starts[-1]], counts)
+        for request, keys in step.keys.items():
+            pool.name(self.slots[request][place.store], step.rows[request][0], keys)
+        self._written.add(layer)
+        rows = starts[-1] * pool.layout.kv_heads
+        self.counters["mirrored_bytes"] += rows * pool.layout.row_bytes
+
+    def end(self) -> dict[str, int]:
+        """Rows that are certain to be here after the step, by request."""
+        if self.step is None or not self.step.rows or len(self._written) < len(self.places):
+            return {}
+        return {request: before + new for request, (before, new) in self.step.rows.items()}
+
+    def load(
+        self, start: Start, layer: int, group: int, block_size: int, kv_cache: torch.Tensor
+    ) -> None:
+        """Fill a request's device blocks of a layer [blocks, Hkv, block, 2 D]."""
+        place = self.places[layer]
+        pool, slot = self.pools[place.store], self.slots[start.request][place.store]
+        size = kv_cache.shape[-1] // 2
+        for number, block in enumerate(start.blocks[group]):
+            first = number * block_size
+            last = min(first + block_size, start.rows)
+            if block == 0 or first >= last:  # vLLM's null block: not on the device
+                continue
+            k, v = pool.read(slot, place.layer, first, last)
+            kv_cache[block, :, : last - first, :size] = k.transpose(0, 1)
+            kv_cache[block, :, : last - first, size:] = v.transpose(0, 1)
+            self.counters["loaded_bytes"] += 2 * k.numel() * kv_cache.element_size()
+
+    def check(self) -> None:
+        """Raise RuntimeError where the scheduler's books and the stores differ."""
+        if self.step is None or len(self._written) < len(self.places):
+            return
+        free = [pool.capacity().free_pages for pool in self.pools]
+        if any(n != self.step.free_pages for n in free):
+            raise RuntimeError(
+                f"The host stores have {free} free pages, the scheduler counts "
+                f"{self.step.free_pages}; this is a fault of vllm-sparse, please report it"
+            )
+
+    def totals(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(counters since the start, gauges), named as in connector/metrics.py."""
+        stats = [pool.stats() for pool in self.pools]
+        counters = {name: stats[0][name] for name in ("rows_read", "rows_there", "restarts")}
+        gauges = {n: sum(s[n] for s in stats) for n in ("host_bytes", "host_bytes_used")}
+        return {**counters, **self.counters}, gauges
+
+    def shutdown(self) -> None:
+        for pool in self.pools:
+            pool.shutdown()
+
+    def _step(self) -> Step:
+        if self.step is None:
+            raise RuntimeError(
+                "The model runs without the connector's word of the step; this is a fault of "
+                "vllm-sparse, please report it"
+            )
+        return self.step

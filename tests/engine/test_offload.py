@@ -1,0 +1,146 @@
+"""Decode over keys and values in host memory: tokens of `exact`, what the device still holds."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from engine_run import prompt, run
+from engine_steps import Phase, Steps, run_steps
+
+BLOCK_BYTES = 512 << 10  # 128 tokens x 4 layers x 2 heads x 2 x 64 x 4 bytes
+LONGEST = 4096  # tokens: 32 blocks
+
+
+def exact(**more) -> dict:
+    settings = {"coverage": 1.0, "break_even": 0, "decode": "exact", "window": 256, "sink": 16}
+    settings |= {"resident_layers": [], "host_gib": 0.25}
+    return {"attention_backend": "sparse", "additional_config": {"sparse": settings | more}}
+
+
+def ask(length: int, seed: int, max_tokens: int = 40, at: int = 0, cancel: int | None = None):
+    return {
+        "prompt": prompt(length, seed), "max_tokens": max_tokens, "at": at, "cancel": cancel,
+    }  # fmt: skip
+
+
+PHASES = {
+    # Eight requests that take 27 blocks each with all their keys on the device.
+    "crowd": [ask(3300, i, max_tokens=70) for i in range(8)],
+    "mixed": [ask(n, n) for n in (1, 10, 63, 64, 65, 300, 700, 2000)],
+    # 2 blocks each, and the 7th new token of each needs a third.
+    "preempted": [ask(250, 100 + i) for i in range(18)],
+    "prefix": [ask(2000, 50), ask(2000, 50, at=60)],
+    # Cancelled while it decodes, while it prefills, and while it waits.
+    "cancelled": [
+        ask(2000, 51, cancel=20), ask(3000, 52, at=3, cancel=6), ask(600, 53),
+        ask(3900, 54, at=1, cancel=1),
+    ],
+}  # fmt: skip
+# 1.2 requests of the longest kind; one block is vLLM's null block.
+DEVICE_BYTES = 40 * BLOCK_BYTES
+
+
+def serve(model: str, *names: str, **engine) -> Steps:
+    engine = {"kv_cache_memory_bytes": DEVICE_BYTES, "max_model_len": LONGEST, **engine}
+    return run_steps(model, [PHASES[n] for n in names], **engine)
+
+
+def phase(steps: Steps, name: str) -> Phase:
+    return steps.phases[list(PHASES).index(name)]
+
+
+@pytest.fixture(scope="module")
+def dense(llama):
+    return serve(llama, *PHASES)
+
+
+@pytest.fixture(scope="module")
+def offloaded(llama):
+    return serve(llama, *PHASES, **exact())
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_tokens_equal_full_kv(name: str, dense, offloaded):
+    want, got = phase(dense, name), phase(offloaded, name)
+    assert len({t for tokens in want.tokens for t in tokens}) > 10, "degenerate model"
+    for request, a, b in zip(PHASES[name], got.tokens, want.tokens, strict=True):
+        if request["cancel"] is None:
+            assert len(a) == request["max_tokens"]
+            assert a == b
+        else:  # cut at another token, as the one engine has come further
+            assert a[: len(b)] == b[: len(a)]
+
+
+def test_the_phases_are_what_they_claim(dense, offloaded):
+    assert phase(offloaded, "preempted").preemptions > 0
+    # All whole pages of 256 rows but the one with the last token, which is always computed.
+    assert phase(offloaded, "prefix").cached == [0, 7 * 256]
+    started = phase(offloaded, "cancelled").tokens
+    assert 0 < len(started[0]) < 40
+    assert started[1] == started[3] == []
+
+
+def test_device_blocks_are_freed(dense, offloaded):
+    assert dense.blocks == offloaded.blocks == 39
+    # vLLM's own: 27 blocks each, so one after another.
+    assert max(phase(dense, "crowd").running) == 1
+    crowd = phase(offloaded, "crowd")
+    assert max(crowd.running) == 8
+    for done in offloaded.phases:
+        assert done.used[-1] == 0
+        assert done.held[-1] == 0
+
+
+def test_counters(offloaded):
+    stats = offloaded.stats
+    assert stats["rows_read"] == stats["rows_there"] > 0
+    assert stats["decode_rows"] > 8 * 4 * 60  # the crowd alone
+    tokens = sum(len(r["prompt"]) for name in PHASES for r in PHASES[name])
+    row = 4 * 2 * 2 * 64 * 4  # layers, heads, K and V, size, bytes
+    assert stats["mirrored_bytes"] > 0.8 * tokens * row
+    assert stats["loaded_bytes"] > 0
+    assert stats["restarts"] == 0
+    assert stats["host_bytes"] <= 0.25 * 2**30
+
+
+def test_a_request_longer_than_the_device(llama, dense):
+    device = {"kv_cache_memory_bytes": 20 * BLOCK_BYTES, "max_model_len": LONGEST}
+    assert "KV cache is needed" in run(llama, [[[1]]], expect_failure=True, **device)
+    cores = sorted(os.sched_getaffinity(0))
+    device["kv_cache_memory_bytes"] //= 2  # of each rank, which has half of the heads
+    names = ["crowd", "preempted", "prefix"]
+    result = serve(
+        llama, *names, tensor_parallel_size=2,
+        env={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}, **device, **exact(),
+    )  # fmt: skip
+    assert result.blocks == 19  # 2,432 tokens
+    for name, got in zip(names, result.phases, strict=True):
+        assert got.tokens == phase(dense, name).tokens
+    assert result.phases[names.index("prefix")].cached == [0, 7 * 256]
+
+
+def test_a_full_host_queues(llama, dense):
+    # 14 pages of 256 rows a request, of 1 MiB each; two layers are kept on the device as well.
+    result = serve(
+        llama, "crowd", "mixed", "prefix", kv_cache_memory_bytes=256 << 20,
+        **exact(host_gib=0.05, resident_layers=[0, 2]),
+    )  # fmt: skip
+    crowd, mixed, prefix = result.phases
+    assert crowd.tokens == phase(dense, "crowd").tokens
+    assert mixed.tokens == phase(dense, "mixed").tokens
+    assert prefix.tokens == phase(dense, "prefix").tokens
+    assert prefix.cached == [0, 7 * 256]
+    assert max(crowd.held) == max(crowd.running) == 3
+    assert result.stats["queued"] > 0
+
+
+def test_an_actor_is_killed_while_it_decodes(llama, dense):
+    result = serve(
+        llama, "crowd", kill_at={80: "cpu_offload.worker", 100: "cpu_offload.worker"},
+        **exact(actors=1),
+    )  # fmt: skip
+    (crowd,) = result.phases
+    assert len(crowd.killed) >= 1
+    assert crowd.tokens == phase(dense, "crowd").tokens
+    assert max(crowd.seconds[80:]) < 2.0

@@ -1,0 +1,150 @@
+"""Drives a vLLM engine step by step in a process of its own: requests come and are cancelled at
+given steps, and the scheduler's own counters are read after each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TIMEOUT_S = 300
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What came of requests that were served together, counters as they were after each step."""
+
+    tokens: list[list[int]]  # by request, as far as it came
+    cached: list[int]  # prompt tokens that were not computed, by request
+    preemptions: int
+    running: list[int]  # requests that run
+    used: list[int]  # device blocks in use
+    held: list[int]  # requests in the host stores
+    seconds: list[float]  # that the step took
+    killed: list[int]  # processes
+
+
+@dataclass(frozen=True)
+class Steps:
+    phases: list[Phase]
+    blocks: int  # device blocks that can be used
+    stats: dict[str, float]  # the stores' metrics
+    log: str
+
+
+def run_steps(
+    model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None,
+    kill_at: dict[int, str] | None = None, **engine,
+) -> Steps:  # fmt: skip
+    """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
+
+    Steps are counted from 0 in each phase, which ends when all of its requests have. In the first
+    phase `kill_at` ends processes at a step, by SIGKILL: those with this text in their command.
+    """
+    arguments = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "dtype": "float32",
+        "max_num_batched_tokens": 512,
+        "max_model_len": 4096,
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": False,
+        **engine,
+    }
+    job = json.dumps({"engine": arguments, "phases": phases, "kill_at": kill_at or {}})
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
+        cwd=Path(model),
+        start_new_session=True,
+    )
+    try:
+        log, _ = process.communicate(job, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        log, _ = process.communicate()
+        raise AssertionError(f"the engine took over {TIMEOUT_S} s:\n{log[-8000:]}") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, f"the engine failed:\n{log[-12000:]}"
+    result = next(x for x in log.splitlines() if x.startswith("RESULT "))
+    found = json.loads(result.removeprefix("RESULT "))
+    return Steps([Phase(**x) for x in found.pop("phases")], **found, log=log)
+
+
+def _serve(job: dict) -> dict:
+    from vllm import LLM
+
+    llm = LLM(**job["engine"])
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    phases = [
+        _phase(llm, scheduler, n, x, job["kill_at"] if n == 0 else {})
+        for n, x in enumerate(job["phases"])
+    ]
+    stats = {
+        metric.name.removeprefix("vllm:sparse_offload_"): metric.value
+        for metric in llm.get_metrics()
+        if metric.name.startswith("vllm:sparse_offload_")
+    }
+    blocks = scheduler.kv_cache_manager.block_pool.num_gpu_blocks - 1
+    return {"phases": phases, "blocks": blocks, "stats": stats}
+
+
+def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str]) -> dict:
+    import psutil
+    from vllm import SamplingParams
+
+    engine, pool = llm.llm_engine, scheduler.kv_cache_manager.block_pool
+    side = getattr(scheduler.connector, "scheduler", None)
+    names = [f"{number}-{i}" for i in range(len(requests))]
+    result = {
+        "tokens": [[] for _ in requests], "cached": [0] * len(requests),
+        "running": [], "used": [], "held": [], "seconds": [], "killed": [],
+    }  # fmt: skip
+
+    def preemptions() -> int:
+        return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    before, step = preemptions(), 0
+    while engine.has_unfinished_requests() or step <= max(x["at"] for x in requests):
+        for name, request in zip(names, requests, strict=True):
+            if request["at"] == step:
+                sampling = SamplingParams(
+                    temperature=0, max_tokens=request["max_tokens"], detokenize=False,
+                    ignore_eos=True,
+                )  # fmt: skip
+                engine.add_request(name, {"prompt_token_ids": request["prompt"]}, sampling)
+            if request["cancel"] == step:
+                engine.abort_request([name])
+        for process in psutil.Process().children(recursive=True) if str(step) in kill_at else ():
+            if kill_at[str(step)] in " ".join(process.cmdline()):
+                process.kill()
+                result["killed"].append(process.pid)
+        begin = time.perf_counter()
+        outputs = engine.step()
+        result["seconds"].append(time.perf_counter() - begin)
+        for output in outputs:
+            i = names.index(output.request_id)
+            result["tokens"][i] = list(output.outputs[0].token_ids)
+            result["cached"][i] = output.num_cached_tokens
+        result["running"].append(len(scheduler.running))
+        result["used"].append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        result["held"].append(len(side.ledger.held) if side else 0)
+        step += 1
+    return {**result, "preemptions": preemptions() - before}
+
+
+if __name__ == "__main__":
+    print("RESULT " + json.dumps(_serve(json.load(sys.stdin))), flush=True)

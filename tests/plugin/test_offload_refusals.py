@@ -1,0 +1,68 @@
+"""What decode over host memory does not go with is said before any process is started."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_sparse import plugin
+
+EXACT = {"decode": "exact"}
+
+
+def configure(model: str, settings: dict, **engine):
+    plugin.register()
+    return EngineArgs(
+        model,
+        skip_tokenizer_init=True,
+        attention_backend="sparse",
+        additional_config={"sparse": settings},
+        **engine,
+    ).create_engine_config()
+
+
+def test_the_connector_is_put_in(llama):
+    config = configure(llama, EXACT)
+    assert config.kv_transfer_config.kv_connector == "SparseOffloadConnector"
+    assert config.scheduler_config.disable_hybrid_kv_cache_manager is False
+    again = pickle.loads(pickle.dumps(config))  # as vLLM's processes get it
+    assert again.kv_transfer_config.kv_connector_module_path == "vllm_sparse.cpu_offload.connector"
+
+
+def test_dense_decode_has_no_connector(llama):
+    assert configure(llama, {}).kv_transfer_config is None
+    assert configure(llama, {"decode": "dense", "host_gib": 1}).kv_transfer_config is None
+
+
+@pytest.mark.parametrize(
+    "settings, engine, says",
+    [
+        (
+            {},
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "the KV connector 'ExampleConnector' of --kv-transfer-config",
+        ),
+        ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size 1.0"),
+        ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        (
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative decoding; leave --speculative-config out",
+        ),
+        ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2; use 1"),
+        ({"resident_layers": [0, 1, 2, 3]}, {}, "resident_layers [0, 1, 2, 3], which are all"),
+        ({"resident_layers": [4]}, {}, "the model has the layers 0 to 3"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_refused(settings, engine, says, llama):
+    with pytest.raises(ValueError) as error:
+        configure(llama, EXACT | settings, **engine)
+    assert says in str(error.value)
+
+
+def test_models_with_windows_are_refused(gemma3):
+    with pytest.raises(ValueError, match=r"other kinds than full attention \(sliding_attention\)"):
+        configure(gemma3, EXACT)
