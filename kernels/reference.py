@@ -1,7 +1,6 @@
 """What every kernel means: plain fp32 torch, one query tile at a time.
 
-Also what runs where the native extension could not be built, so it is careful about correctness
-and indifferent to speed.
+Also what runs where the native extension could not be built: it is right, and indifferent to speed.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAt
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
 from . import log
-from .config import SparseConfig
+from .config import SECTION, SparseConfig
 from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import refuse_special
@@ -96,6 +96,11 @@ class SparseCudaImpl(TritonAttentionImpl):
         )  # fmt: skip
         vllm_config = get_current_vllm_config()
         self.config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        if self.config.offloads:
+            raise ValueError(
+                f'{SECTION}["decode"] is {self.config.decode!r}: decode over host memory is for '
+                'CPU builds of vLLM in this version; leave it at "dense" on a GPU'
+            )
         scheduler = vllm_config.scheduler_config
         self.chunk = scheduler.max_num_batched_tokens
         self.longest = vllm_config.model_config.max_model_len

@@ -87,10 +87,8 @@ class OffloadedLayer:
         )  # fmt: skip
         if far is not None:
             begin = time.perf_counter()
-            far_out, far_lse = (
-                torch.empty_like(mine),
-                torch.empty(mine.shape[:2], dtype=torch.float32),
-            )
+            far_out = torch.empty_like(mine)
+            far_lse = torch.empty(mine.shape[:2], dtype=torch.float32)
             pool.collect(ticket, far_out, far_lse)
             counters["pool_seconds"] += time.perf_counter() - begin
             counters["decode_rows"] += len(mine)

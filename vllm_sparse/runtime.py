@@ -66,7 +66,8 @@ class Runtime:
         if not self.unified:
             return None
         assert self.pattern_file is not None
-        return torch.tensor(self.pattern_file.phi[layer][first_head : first_head + heads])
+        values = self.pattern_file.phi[layer][first_head : first_head + heads]
+        return torch.tensor(values, dtype=torch.float32)
 
 
 @functools.cache
