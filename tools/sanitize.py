@@ -45,7 +45,9 @@ def main() -> int:
     library = build()
     environment = {
         **os.environ,
-        "LD_PRELOAD": runtime("libasan.so"),
+        # torch throws exceptions, which the sanitizer passes on only to a libstdc++ that is there
+        # when it starts.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
         # Python and torch keep memory until the process ends.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
