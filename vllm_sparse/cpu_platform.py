@@ -132,9 +132,10 @@ def check_config(vllm_config) -> None:
     compat.warn_if_untested()
     config = SparseConfig.from_additional_config(vllm_config.additional_config)
     if vllm_config.model_config is not None:
-        from .runtime import Model, fit_patterns  # loads the kernels and the planner
+        from .runtime import Model, fit_patterns, fit_phi  # loads the kernels and the planner
 
-        fit_patterns(config, Model.of(vllm_config))
+        model = Model.of(vllm_config)
+        fit_phi(config, model, fit_patterns(config, model))
         if config.offloads:
             from .cpu_offload.connector import install as offloading
 

@@ -162,7 +162,23 @@ def mean(values: Sequence[float]) -> float:
 @contextmanager
 def _engine(grid: Grid, backend: str) -> Iterator[tuple[Any, Any]]:
     """An engine and its sampling parameters; it is shut down afterwards, whatever happens."""
+    with _quiet_vllm():
+        yield from _start(grid, backend)
+
+
+@contextmanager
+def _quiet_vllm() -> Iterator[None]:
+    """Let vLLM and the processes that it starts log warnings only, unless told otherwise."""
+    given = "VLLM_LOGGING_LEVEL" in os.environ
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        yield
+    finally:
+        if not given:
+            os.environ.pop("VLLM_LOGGING_LEVEL", None)
+
+
+def _start(grid: Grid, backend: str) -> Iterator[tuple[Any, Any]]:
     try:
         from vllm import LLM, SamplingParams
         from vllm.platforms import current_platform

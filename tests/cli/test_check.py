@@ -225,6 +225,7 @@ def test_bench_runs_by_name_and_lists_names():
     ],
 )
 def test_the_platform_is_told_as_it_is(monkeypatch, platform, state, says):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "ERROR")  # check would set it for what comes after
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
     monkeypatch.setattr(check, "vllm_distribution", lambda: ("vllm", "0.32.0"))
     finding = check.check_platform()
