@@ -29,10 +29,6 @@ _VIEW = np.dtype(
     [("rows", _ptr), ("scales", _ptr), ("segments", _ptr), ("shift", _i64), ("row_bytes", _i64),
      ("length", _i64)]
 )  # fmt: skip
-_GATHER_ITEM = np.dtype(
-    [("view", _VIEW), ("q", _ptr), ("rows", _ptr), ("log_prob", _ptr), ("count", _i64),
-     ("out", _ptr), ("lse", _ptr)]
-)  # fmt: skip
 _LSH_ITEM = np.dtype(
     [("view", _VIEW), ("q", _ptr), ("segments", _ptr), ("kv_head", _i64), ("rows", _ptr),
      ("log_prob", _ptr), ("along", _ptr), ("capacity", _i64), ("count", _i64)]
@@ -50,7 +46,16 @@ def _struct(name: str, *fields: tuple[str, type]) -> type[ctypes.Structure]:
 
 _c64, _cptr, _cfloat = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SHAPE = [("dtype", _c64), ("head_size", _c64), ("group", _c64), ("num_items", _c64)]
-_Gather = _struct("_Gather", *_SHAPE, ("bf16_queries", _c64), ("scale", _cfloat), ("items", _cptr))
+_View = _struct(
+    "_View", ("rows", _cptr), ("scales", _cptr), ("segments", _cptr), ("shift", _c64),
+    ("row_bytes", _c64), ("length", _c64),
+)  # fmt: skip
+_Gather = _struct(
+    "_Gather", *_SHAPE, ("kv_heads", _c64), ("each", _c64), ("view", _View), ("head_bytes", _c64),
+    ("head_scale_bytes", _c64), ("q", _cptr), ("rows", _cptr), ("rows_stride", _c64),
+    ("log_prob", _cptr), ("log_prob_stride", _c64), ("counts", _cptr), ("out", _cptr),
+    ("lse", _cptr), ("scale", _cfloat),
+)  # fmt: skip
 _Lsh = _struct(
     "_Lsh", *_SHAPE, ("bits", _c64), ("tables", _c64), ("directions", _cptr),
     ("log_inclusion", _cptr), ("items", _cptr),
@@ -134,19 +139,28 @@ def gather(
             k, v = context.rows(int(kv_heads(q)[i]), chosen)
             o[:], e[:] = reference.gathered_attention(queries, k, v, logs, scale)
         return out, lse
-    table, keep = _items(_GATHER_ITEM, context, q)
-    table["count"] = counts.numpy()
-    if rows is not None:
-        table["rows"] = _addresses(rows)
-    if log_prob is not None:
-        table["log_prob"] = _addresses(log_prob)
-    table["out"], table["lse"] = _addresses(out.flatten(0, 2)), _addresses(lse.flatten(0, 2))
-    exact = context.store.dtype == torch.bfloat16 and torch.equal(q, q.bfloat16().float())
-    args = _Gather(*_shape(context, q), int(exact), scale, table.ctypes.data)
+    store, (tokens, heads, each, group, size) = context.store, q.shape
+    assert q.dtype == torch.float32 and q.is_contiguous() and heads == store.kv_heads
+    assert counts.dtype == torch.int64 and counts.is_contiguous()
+    segments = _segments(context)
+    view = _View(
+        store.address, store.address + store.rows_bytes, segments.ctypes.data,
+        store.segment_rows.bit_length() - 1, store.row_bytes, context.length,
+    )  # fmt: skip
+    args = _Gather(
+        _DTYPES[store.dtype], size, group, tokens * heads * each, heads, each, view,
+        store.segment_rows * store.row_bytes, store.segment_rows * 8, q.data_ptr(),
+        *_lists(rows), *_lists(log_prob), counts.data_ptr(), out.data_ptr(), lse.data_ptr(), scale,
+    )  # fmt: skip
     if _call("vllm_sparse_gather", ctypes.byref(args)) == 2:
         raise _outside(context)
-    del keep
     return out, lse
+
+
+def _lists(x: torch.Tensor | None) -> tuple[int | None, int]:
+    """The address and the stride of lists [items, W]."""
+    assert x is None or x.shape[1] < 2 or x.stride(1) == 1
+    return (None, 0) if x is None else (x.data_ptr(), x.stride(0))
 
 
 def _outside(context: Context) -> ValueError:
@@ -299,12 +313,18 @@ def _items(dtype: np.dtype, context: Context, q: torch.Tensor) -> tuple[np.ndarr
     """Items with their views and queries; what is returned last must outlive the call."""
     store = context.store
     assert q.shape[1] == store.kv_heads
-    segments = np.array([s.slot * store.segment_bytes for s in context.segments] or [0], _i64)
+    segments = _segments(context)
     table = _table(
         dtype, q, segments, rows=store.address, scales=store.address + store.rows_bytes,
         segment_rows=store.segment_rows, row_bytes=store.row_bytes, length=context.length,
     )  # fmt: skip
     return table, [segments, q]
+
+
+def _segments(context: Context) -> np.ndarray:
+    """Where they begin in the store."""
+    step = context.store.segment_bytes
+    return np.array([s.slot * step for s in context.segments] or [0], _i64)
 
 
 def _table(

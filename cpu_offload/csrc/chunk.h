@@ -25,25 +25,44 @@ struct Chunk {
   const T* values[kBlock];
   int64_t rows[kBlock];
   int count;
-  bool scattered;  // most rows do not follow the one before in memory
+  bool scattered;  // most rows do not follow the one before
 
-  // Rows `first` .. of an item, at most 64 and none from `last` on; `rows` null: of the context.
-  // The pointers behind the last row repeat it, so that kernels may work on whole steps.
-  void find(const RowView& view, const int64_t* from, int64_t first, int64_t last) {
+  // Rows `first` .. of an item, at most 64 and none from `last` on; `list` null: of the context.
+  // What lies behind the last row repeats it, so that kernels may work on whole steps.
+  // False where a row of the list is none of the context; then there are no keys and values.
+  bool find(const RowView& view, const int64_t* list, int64_t first, int64_t last) {
     count = static_cast<int>(last - first < kBlock ? (last > first ? last - first : 0) : kBlock);
-    int jumps = 0;
-    for (int n = 0; n < count; ++n) {
-      rows[n] = from != nullptr ? from[first + n] : first + n;
-      const char* row = view.rows + row_offset(view, rows[n], view.row_bytes);
-      jumps += n > 0 && row != reinterpret_cast<const char*>(keys[n - 1]) + view.row_bytes;
-      keys[n] = reinterpret_cast<const T*>(row);
-      values[n] = reinterpret_cast<const T*>(row + view.row_bytes / 2);
+    scattered = false;
+    if (count == 0) return true;
+    // Loops of 64 turns without branches, for the compiler to make vectors of.
+    if (list == nullptr) {
+      for (int n = 0; n < kBlock; ++n) rows[n] = first + (n < count ? n : count - 1);
+    } else {
+      std::memcpy(rows, list + first, count * sizeof(*rows));
+      for (int n = count; n < kBlock; ++n) rows[n] = rows[count - 1];
     }
-    scattered = 2 * jumps > count;
-    for (int n = count; n < kBlock && count > 0; ++n) {
-      keys[n] = keys[count - 1];
-      values[n] = values[count - 1];
+    int64_t low = rows[0], high = rows[0];
+    for (int n = 0; n < kBlock; ++n) {
+      low = rows[n] < low ? rows[n] : low;
+      high = rows[n] > high ? rows[n] : high;
     }
+    if (low < 0 || high >= view.length) return false;
+    int64_t follow = 0;
+    for (int n = 1; n < kBlock; ++n) follow += rows[n] == rows[n - 1] + 1;
+    scattered = 2 * (count - 1 - follow) > count;
+    int64_t at[kBlock];
+    const int64_t segment = low >> view.shift;
+    if (segment == high >> view.shift) {
+      const int64_t base = view.segments[segment], row = segment << view.shift;
+      for (int n = 0; n < kBlock; ++n) at[n] = base + (rows[n] - row) * view.row_bytes;
+    } else {
+      for (int n = 0; n < kBlock; ++n) at[n] = row_offset(view, rows[n], view.row_bytes);
+    }
+    for (int n = 0; n < kBlock; ++n) {
+      keys[n] = reinterpret_cast<const T*>(view.rows + at[n]);
+      values[n] = reinterpret_cast<const T*>(view.rows + at[n] + view.row_bytes / 2);
+    }
+    return true;
   }
 };
 

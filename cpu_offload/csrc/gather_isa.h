@@ -34,12 +34,16 @@ size_t gather_scratch(const Gather& a) {
   return floats;
 }
 
-void gather_any(const Gather& a, const GatherSplit& w, float* scratch) {
+bool gather_any(const Gather& a, const GatherSplit& w, float* scratch) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if (a.dtype == kBFloat16 && a.bf16_queries) return gather_split<PairedBFloat16>(a, w, scratch);
   if (a.dtype == kInt8) return gather_split<SplitInt8>(a, w, scratch);
 #endif
-  for_rows(a.dtype, [&](auto row) { gather_split<Widened<decltype(row)>>(a, w, scratch); });
+  bool inside = true;
+  for_rows(a.dtype, [&](auto row) {
+    inside = gather_split<Widened<decltype(row)>>(a, w, scratch);
+  });
+  return inside;
 }
 
 size_t lsh_scratch(const Lsh& a) { return LshScratch::floats(a); }

@@ -52,20 +52,29 @@ template <class T>
 inline void to_logits(const Gather& a, const GatherItem& item, const Chunk<T>& chunk,
                       int64_t first, float* scores) {
   float factor[kBlock], shift[kBlock];
-  for (int n = 0; n < chunk.count; ++n) {
-    factor[n] = a.scale;
-    if (std::is_same<T, Int8>::value) factor[n] *= row_scales(item.view, chunk.rows[n])[0];
-    shift[n] = item.log_prob != nullptr ? item.log_prob[first + n] : 0.0f;
+  const bool scaled = std::is_same<T, Int8>::value, shifted = item.log_prob != nullptr;
+  for (int n = 0; scaled && n < kBlock; ++n) {
+    factor[n] = n < chunk.count ? row_scales(item.view, chunk.rows[n])[0] : 0.0f;
+  }
+  if (shifted) {
+    std::memset(shift, 0, sizeof(shift));
+    std::memcpy(shift, item.log_prob + first, chunk.count * sizeof(float));
   }
   for (int64_t g = 0; g < a.group; ++g) {
     float* s = scores + g * kBlock;
-    for (int n = 0; n < chunk.count; ++n) s[n] = s[n] * factor[n] - shift[n];
+    for (int n = 0; n < kBlock; n += kLanes) {
+      Vec x = load(s + n) * a.scale;
+      if (scaled) x *= load(factor + n);
+      if (shifted) x -= load(shift + n);
+      store(s + n, x);
+    }
     for (int n = chunk.count; n < kBlock; ++n) s[n] = -kInf;
   }
 }
 
+// False where a row is none of the context.
 template <class Policy>
-void gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
+bool gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
   using T = typename Policy::T;
   const GatherItem& item = *w.item;
   const int group = static_cast<int>(a.group);
@@ -80,13 +89,13 @@ void gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
   std::memset(out, 0, group * stride * sizeof(float));
 
   Chunk<T> chunks[2];
-  chunks[0].find(item.view, item.rows, w.first, w.last);
+  if (!chunks[0].find(item.view, item.rows, w.first, w.last)) return false;
   Feed(chunks[0], item.view.row_bytes).lines(INT32_MAX);
   int turn = 0;
   for (int64_t first = w.first; first < w.last; first += kBlock, turn ^= 1) {
     const Chunk<T>& now = chunks[turn];
     Chunk<T>& next = chunks[turn ^ 1];
-    next.find(item.view, item.rows, first + kBlock, w.last);
+    if (!next.find(item.view, item.rows, first + kBlock, w.last)) return false;
     Feed feed(next, item.view.row_bytes);
     policy.score(now, feed, scores);
     to_logits(a, item, now, first, scores);
@@ -108,6 +117,7 @@ void gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
     }
     w.lse[g] = sum[g] > 0.0f ? top[g] + std::log(sum[g]) : -kInf;
   }
+  return true;
 }
 
 }  // namespace

@@ -330,7 +330,7 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
   }
   view.segments = s.segments - first_page;
 
-  Gather a = {h.dtype, h.head_size, h.group, 1, 1, h.scale, nullptr};
+  Gather a = {h.dtype, h.head_size, h.group, true, h.scale};
   for (int64_t i = 0; i < h.group * h.head_size && a.bf16_queries; ++i) {
     a.bf16_queries = (float_to_bits(item.q[i]) & 0xffff) == 0;
   }
@@ -374,7 +374,7 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
 }
 
 size_t attend_scratch(const Host& h, int64_t rows) {
-  const Gather a = {h.dtype, h.head_size, h.group, 1, 1, h.scale, nullptr};
+  const Gather a = {h.dtype, h.head_size, h.group, true, h.scale};
   const size_t gather = gather_scratch(a), variance = 2 * h.group * kBlock + 3 * h.group;
   return HostScratch::floats(h, rows, gather > variance ? gather : variance);
 }

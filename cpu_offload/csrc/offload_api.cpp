@@ -50,6 +50,33 @@ namespace {
 constexpr int64_t kMinSplit = 512;  // rows; below this a thread's start costs more than it saves
 constexpr int kPieces = 4;  // of work a thread, so that the last to finish is not far behind
 
+bool bf16_queries(const GatherCall& call) {
+  uint32_t low = 0, bits;
+  for (int64_t i = 0; i < call.num_items * call.group * call.head_size; ++i) {
+    std::memcpy(&bits, call.q + i, sizeof(bits));
+    low |= bits & 0xffffu;
+  }
+  return low == 0;
+}
+
+std::vector<GatherItem> gather_items(const GatherCall& call) {
+  std::vector<GatherItem> items(call.num_items);
+  for (int64_t i = 0; i < call.num_items; ++i) {
+    GatherItem& item = items[i];
+    const int64_t head = i / call.each % call.kv_heads;
+    item.view = call.view;
+    item.view.rows += head * call.head_bytes;
+    if (item.view.scales != nullptr) item.view.scales += head * call.head_scale_bytes;
+    item.q = call.q + i * call.group * call.head_size;
+    item.rows = call.rows != nullptr ? call.rows + i * call.rows_stride : nullptr;
+    item.log_prob = call.log_prob != nullptr ? call.log_prob + i * call.log_prob_stride : nullptr;
+    item.count = call.counts[i];
+    item.out = call.out + i * call.group * call.head_size;
+    item.lse = call.lse + i * call.group;
+  }
+  return items;
+}
+
 // Joins the partial results [parts, G, D] and [parts, G] of one item.
 void merge_parts(const Gather& a, const GatherItem& item, const float* out, const float* lse,
                  int64_t parts) {
@@ -102,27 +129,23 @@ VLLM_SPARSE_API int vllm_sparse_offload_set_isa(const char* name) {
 
 // These return 0 on success, 1 when memory ran out.
 
-// 2, and nothing is read, where a row is none of its context.
-VLLM_SPARSE_API int vllm_sparse_gather(const Gather* args) {
-  const Gather& a = *args;
-  for (int64_t i = 0; i < a.num_items; ++i) {
-    const GatherItem& item = a.items[i];
-    for (int64_t n = 0; item.rows != nullptr && n < item.count; ++n) {
-      if (item.rows[n] < 0 || item.rows[n] >= item.view.length) return 2;
-    }
-  }
-  return guarded([&] {
+// 2 where a row is none of its context: it was not read, and the results mean nothing.
+VLLM_SPARSE_API int vllm_sparse_gather(const GatherCall* args) {
+  std::atomic<bool> inside{true};
+  const int code = guarded([&] {
+    const GatherCall& call = *args;
+    const Gather a{call.dtype, call.head_size, call.group, bf16_queries(call), call.scale};
     const GatherKernels* k = kernels();
+    const std::vector<GatherItem> items = gather_items(call);
     const int64_t threads = num_threads();
     int64_t rows = 0;
-    for (int64_t i = 0; i < a.num_items; ++i) rows += a.items[i].count;
+    for (const GatherItem& item : items) rows += item.count;
     int64_t split = threads == 1 ? INT64_MAX / 2 : rows / (kPieces * threads) + 1;
     if (split < kMinSplit) split = kMinSplit;
     std::vector<GatherSplit> work;
     std::vector<int64_t> first_part;  // of each item
-    for (int64_t i = 0; i < a.num_items; ++i) {
+    for (const GatherItem& item : items) {
       first_part.push_back(work.size());
-      const GatherItem& item = a.items[i];
       for (int64_t n = 0; n < item.count; n += split) {
         const int64_t last = item.count - n < split ? item.count : n + split;
         work.push_back({&item, n, last, nullptr, nullptr});
@@ -135,15 +158,18 @@ VLLM_SPARSE_API int vllm_sparse_gather(const Gather* args) {
       work[i].out = out.data() + i * a.group * a.head_size;
       work[i].lse = lse.data() + i * a.group;
     }
-    const auto run = [&](int64_t i, float* scratch) { k->gather(a, work[i], scratch); };
+    const auto run = [&](int64_t i, float* scratch) {
+      if (inside && !k->gather(a, work[i], scratch)) inside = false;
+    };
     if (!parallel_for(work.size(), k->gather_scratch(a), run)) return false;
-    for (int64_t i = 0; i < a.num_items; ++i) {
+    for (size_t i = 0; i < items.size() && inside; ++i) {
       const int64_t part = first_part[i];
-      merge_parts(a, a.items[i], out.data() + part * a.group * a.head_size,
+      merge_parts(a, items[i], out.data() + part * a.group * a.head_size,
                   lse.data() + part * a.group, first_part[i + 1] - part);
     }
     return true;
   });
+  return inside ? code : 2;
 }
 
 VLLM_SPARSE_API int vllm_sparse_lsh_query(const Lsh* args) {
