@@ -6,13 +6,12 @@ reason, and has no row.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator
 
 from benchmarks._form import Row
+from benchmarks._gpu_clock import seconds
 
 PAGE, HEAD_SIZE = 16, 128
-L2_BYTES = 256 << 20
 HEADS = {"32/8": (32, 8), "32/4": (32, 4)}
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CONTEXTS = tuple(1024 << i for i in range(9))  # 1K to 256K
@@ -212,22 +211,3 @@ def rows_of(p: Problem, heads: str, rounds: int) -> Iterator[Row]:
                 f"decode_{mode}_vs_{known}_{suffix}", case, 1e6 * times[mode], peer,
                 1e6 * times[peer], unit="us", error=errors[mode], failed=failed,
             )  # fmt: skip
-
-
-def seconds(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median GPU seconds of each, taking turns, the L2 cache emptied before each."""
-    import torch
-
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            if turn:  # the first warms up
-                taken[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}

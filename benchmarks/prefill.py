@@ -8,14 +8,13 @@ timed: everything selected against float32 attention, the selection for the mass
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from ._form import ROOT, Row, arguments, publish, require_editable
+from ._gpu_clock import seconds
 
 NEEDS_A_GPU = "benchmarks.prefill needs an NVIDIA GPU, and torch finds none here"
 LENGTHS = {f"{n}k": n * 1024 for n in (4, 8, 16, 32, 64, 128, 256, 512)} | {"1m": 1 << 20}
@@ -23,7 +22,6 @@ PAGE = 16
 CHECKED_ROWS = 256
 COVERAGE_SLACK = 0.01
 DENSE_ERROR = 2e-2  # of the largest value; bfloat16 itself makes 4e-3
-L2_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -124,25 +122,6 @@ def float32_rows(problem: Paged, rows):
         scores.masked_fill_(key > rows[:, None], -torch.inf)
         out[:, head] = scores.softmax(-1) @ v
     return out
-
-
-def seconds(works: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median GPU seconds of each, taking turns, the L2 cache emptied before each."""
-    import torch
-
-    flush = torch.empty(L2_BYTES, dtype=torch.uint8, device="cuda")
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeats + 1):
-        for name, work in works.items():
-            flush.zero_()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            work()
-            end.record()
-            end.synchronize()
-            if turn:  # the first warms up
-                taken[name].append(begin.elapsed_time(end) / 1e3)
-    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def measure(name: str, inputs, coverage: float, repeats: int) -> list[Row]:

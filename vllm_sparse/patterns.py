@@ -132,6 +132,27 @@ class ModelInfo(_Strict):
         return self
 
 
+def read_json(path: str | os.PathLike[str], where: str, *, levels: int, **hooks: Any) -> Any:
+    """What a JSON file of bounded size holds; `hooks` are those of `json.loads`.
+
+    Raises:
+        PatternError: begins with `where` and says what is wrong; `levels` is how deep it may nest.
+    """
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise PatternError(f"{where} cannot be read: {error.strerror or error}") from error
+    if len(text) > MAX_FILE_BYTES:
+        raise PatternError(f"{where} is over {MAX_FILE_BYTES >> 20} MiB, the most allowed")
+    try:
+        return json.loads(text, **hooks)
+    except RecursionError:
+        raise PatternError(f"{where} is nested too deeply; it needs {levels} levels") from None
+    except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError too
+        raise PatternError(f"{where} is not valid JSON: {error}") from error
+
+
 class PatternFile(_Strict):
     """The patterns of a model's heads, by layer and by head; a head without one is adaptive.
 
@@ -193,20 +214,8 @@ class PatternFile(_Strict):
     def load(cls, path: str | os.PathLike[str]) -> PatternFile:
         """Read and validate a file; PatternError names the file, the field and what is allowed."""
         where = f"pattern file {shown(os.fspath(path))}"
-        try:
-            with open(path, "rb") as file:
-                text = file.read(MAX_FILE_BYTES + 1)
-        except OSError as error:
-            raise PatternError(f"{where} cannot be read: {error.strerror or error}") from error
-        if len(text) > MAX_FILE_BYTES:
-            raise PatternError(f"{where} is over {MAX_FILE_BYTES >> 20} MiB, the most allowed")
-        try:
-            data = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-        except RecursionError:
-            raise PatternError(f"{where} is nested too deeply; it needs 4 levels") from None
-        except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError too
-            raise PatternError(f"{where} is not valid JSON: {error}") from error
-        return cls.parse(data, where)
+        strict = {"object_pairs_hook": _unique, "parse_constant": _no_constant}
+        return cls.parse(read_json(path, where, levels=4, **strict), where)
 
     @classmethod
     def parse(cls, data: Any, where: str = "pattern file") -> PatternFile:

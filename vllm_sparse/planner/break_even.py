@@ -12,7 +12,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -62,16 +62,10 @@ def break_even(
     """
     cache = cache_file() if cache is None else cache
     machine = f"{processor()}, {cpu.isa()}, {threads} threads"
-    shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}"
-    key = f"{machine}, {shape}, {__version__}"
-    found = known(cache, key)
-    if found is not None:
-        return found
-    tokens = crossing(
-        list(measure(dtype, head_size, num_heads, num_kv_heads, threads, budget, chunk))
-    )
-    keep(cache, key, tokens)
-    return tokens
+    form = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}"
+    key = f"{machine}, {form}, {__version__}"
+    shape = (dtype, head_size, num_heads, num_kv_heads)
+    return settled(cache, key, lambda: measure(*shape, threads, budget, chunk))
 
 
 def measure(
@@ -223,11 +217,14 @@ def cache_file() -> Path:
     return root / "vllm-sparse" / "break_even.json"
 
 
-def known(path: Path, key: str) -> int | None:
-    """The break-even kept under a key, or None."""
+def settled(path: Path, key: str, measure: Callable[[], Iterable[tuple[int, float]]]) -> int:
+    """The break-even kept under a key, or else the crossing of what is measured, kept then."""
     value = _read(path).get(key)
-    usable = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= NEVER
-    return value if usable else None
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= NEVER:
+        return value
+    tokens = crossing(list(measure()))
+    _write(path, key, tokens)
+    return tokens
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -244,7 +241,7 @@ def _read(path: Path) -> dict[str, object]:
     return data if isinstance(data, dict) else {}
 
 
-def keep(path: Path, key: str, tokens: int) -> None:
+def _write(path: Path, key: str, tokens: int) -> None:
     """Add a result; whole or not at all, and no error where the folder cannot be written."""
     temporary = None
     try:

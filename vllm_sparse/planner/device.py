@@ -21,11 +21,9 @@ from vllm_sparse.patterns import HeadPattern
 
 from . import a_shape, adaptive, block_sparse, last_rows, vertical_slash
 from .base import MAX_COST, Chunk
+from .plan import LAST_ROWS, SHORT_BLOCKS
 from .samples import MAX_ROWS, MIN_ROWS, PROBE_ROWS, ROWS_EACH, sample_rows
 from .scores import Keys
-
-SHORT_BLOCKS = 8  # as in `plan`
-LAST_ROWS = 64  # as in `plan`
 
 # Mean keys [Hkv, nb, D] of a sequence's blocks: block table row, length -> means.
 Means = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]

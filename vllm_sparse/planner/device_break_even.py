@@ -12,8 +12,7 @@ from vllm_sparse import __version__
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.patterns import ADAPTIVE
 
-from . import break_even as cpu_break_even
-from .break_even import WORTH, cache_file, crossing, problem
+from .break_even import WORTH, cache_file, problem, settled
 from .device import plan_on_device
 
 Dense = Callable[..., object]
@@ -53,13 +52,8 @@ def break_even(
     name = torch.cuda.get_device_name(device)
     shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}, page {page}"
     key = f"{name}, {shape}, {__version__}"
-    known = cpu_break_even.known(cache, key)
-    if known is not None:
-        return known
     shape = (dtype, head_size, num_heads, num_kv_heads)
-    tokens = crossing(list(measure(*shape, chunk, page, device, dense, budget)))
-    cpu_break_even.keep(cache, key, tokens)
-    return tokens
+    return settled(cache, key, lambda: measure(*shape, chunk, page, device, dense, budget))
 
 
 def measure(

@@ -8,14 +8,12 @@ block-sparse, and 1000 columns and 6096 diagonals for a head without an entry
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from vllm_sparse import __version__
 from vllm_sparse.patterns import (
-    MAX_FILE_BYTES,
     MAX_HEADS,
     MAX_LAYERS,
     MAX_TOKENS,
@@ -23,6 +21,7 @@ from vllm_sparse.patterns import (
     ModelInfo,
     PatternError,
     PatternFile,
+    read_json,
     shown,
 )
 
@@ -41,7 +40,7 @@ def convert(path: str | os.PathLike[str], model: ModelInfo | None = None) -> Pat
         PatternError: the file is none of theirs, or of another model; says which entry and why.
     """
     where = f"file {shown(os.fspath(path))}"
-    data = _load(path, where)
+    data = read_json(path, where, levels=3)
     if not isinstance(data, list) or not data or not all(isinstance(x, dict) for x in data):
         raise PatternError(
             f"{where} is not of MInference's form: a list with an object for each layer, "
@@ -73,22 +72,6 @@ def convert(path: str | os.PathLike[str], model: ModelInfo | None = None) -> Pat
             for number, layer in enumerate(layers)
         },
     )
-
-
-def _load(path: str | os.PathLike[str], where: str) -> Any:
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise PatternError(f"{where} cannot be read: {error.strerror or error}") from error
-    if len(text) > MAX_FILE_BYTES:
-        raise PatternError(f"{where} is over {MAX_FILE_BYTES >> 20} MiB, the most allowed")
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise PatternError(f"{where} is nested too deeply; it needs 3 levels") from None
-    except ValueError as error:
-        raise PatternError(f"{where} is not valid JSON: {error}") from error
 
 
 def _number(head: str, where: str, layer: int) -> int:
