@@ -137,7 +137,8 @@ def questions_on_one_text(
     rng = np.random.default_rng([seed, 5])
     symbols = _pick_symbols(rng, shares)
     keys = _pick(rng, KEYS, len(depths))
-    values = [_pick(rng, VALUES, words) for _ in keys]
+    drawn = _pick(rng, VALUES, words * len(keys))  # a word in two needles would be ambiguous
+    values = [drawn[i : i + words] for i in range(0, len(drawn), words)]
     needles = [[NOTE, key, *value, STOP] for key, value in zip(keys, values, strict=True)]
     size = length - 2 - len(COUNT_TEMPLATE) - sum(map(len, needles))
     haystack, _ = _tallied_haystack(rng, size, symbols, shares, rate, late_minority)
