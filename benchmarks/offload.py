@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._form import ROOT, Row, arguments, publish, require_editable
+from benchmarks._engines import checkpoint, ended_together, import_examples
+from benchmarks._form import Row, arguments, publish, require_editable
 
 CHUNK = 4096
 BLOCK = 128  # tokens of a KV block of vLLM's on CPUs
@@ -41,6 +39,7 @@ class Series:
     tokens_per_s: list[float] = field(default_factory=list)
     cpu_s: list[float] = field(default_factory=list)  # of the worker and its actors, per token
     counts: dict[str, float] = field(default_factory=dict)  # of the pool, over all rounds
+    tokens: list[list[list[int]]] = field(default_factory=list)  # [round][request]
 
 
 @dataclass
@@ -58,7 +57,6 @@ class Engine:
         import psutil
         from vllm import LLM
 
-        before = set(psutil.Process().children(recursive=True))
         self.llm = LLM(
             str(checkpoint), dtype="float32", max_model_len=longest,
             max_num_batched_tokens=CHUNK, max_num_seqs=requests, kv_cache_memory_bytes=budget,
@@ -66,7 +64,6 @@ class Engine:
             worker_extension_cls="benchmarks._probe.WorkerProbe", **settings,
         )  # fmt: skip
         self.worker = psutil.Process(self.probe()["pid"])
-        self.processes = set(psutil.Process().children(recursive=True)) - before
         self.asked = 0
 
     def probe(self) -> dict[str, Any]:
@@ -96,15 +93,17 @@ class Engine:
              for x in found],
         )  # fmt: skip
 
-    def measure(self, prompts: list[list[int]], max_tokens: int, series: Series | None) -> int:
-        """A round. Returns how many requests decoded at a time; without a series, a warm-up."""
+    def measure(self, prompts: list[list[int]], max_tokens: int, series: Series | None) -> None:
+        """A round; without a series, a warm-up."""
         time.sleep(QUIET_S)
         before = self.pool()
         done: dict[str, int] = {}
+        tokens: dict[str, list[int]] = {}
         begin, at_begin, cpu = None, 0, 0.0
         end, at_end, cpu_end = 0.0, 0, 0.0
         for now, step in self._steps(prompts, max_tokens):
-            done |= {output.request_id: len(output.outputs[0].token_ids) for output in step}
+            tokens |= {output.request_id: list(output.outputs[0].token_ids) for output in step}
+            done |= {output.request_id: len(tokens[output.request_id]) for output in step}
             if len(done) < len(prompts):
                 continue
             if begin is None:
@@ -112,12 +111,12 @@ class Engine:
             if max(done.values()) < max_tokens:
                 end, at_end, cpu_end = now, sum(done.values()), self.cpu_seconds()
         if series is not None and at_end > at_begin:
-            tokens = at_end - at_begin
-            series.tokens_per_s.append(tokens / (end - begin))
-            series.cpu_s.append((cpu_end - cpu) / tokens)
+            decoded = at_end - at_begin
+            series.tokens_per_s.append(decoded / (end - begin))
+            series.cpu_s.append((cpu_end - cpu) / decoded)
+            series.tokens.append([tokens[name] for name in sorted(tokens, key=int)])
             for name, value in self.pool().items():
                 series.counts[name] = series.counts.get(name, 0.0) + value - before[name]
-        return len(prompts) if at_end > at_begin else 0
 
     def _steps(
         self, prompts: list[list[int]], max_tokens: int, logprobs: int | None = None
@@ -137,35 +136,9 @@ class Engine:
             yield time.perf_counter(), outputs
 
 
-@contextmanager
-def engines(config: dict[str, dict[str, Any]], **common: Any) -> Iterator[dict[str, Engine]]:
-    """An engine for each name; nothing of them remains afterwards."""
-    import psutil
-
-    started: dict[str, Engine] = {}
-    before = set(psutil.Process().children(recursive=True))
-    # A SIGTERM that ends this process at once would leave the engines running.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        for name, settings in config.items():
-            started[name] = Engine(**common, **settings)
-        yield started
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        left = set(psutil.Process().children(recursive=True)) - before
-        for engine in started.values():
-            engine.llm.llm_engine.engine_core.shutdown(timeout=30)
-        _, alive = psutil.wait_procs(left, timeout=15)
-        for process in alive:
-            process.kill()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def texts(length: int, count: int) -> tuple[list, list]:
     """(questions on as many texts, as many questions on the first of them)."""
-    examples = str(ROOT / "examples")
-    if examples not in sys.path:
-        sys.path.insert(0, examples)
+    import_examples()
     from retrieval.prompts import questions_on_one_text
 
     depths = [(i + 0.5) / count for i in range(count)]
@@ -175,11 +148,12 @@ def texts(length: int, count: int) -> tuple[list, list]:
     return [questions[i] for i, questions in enumerate(all_texts)], all_texts[0]
 
 
-def wrong(questions: list, answers: Answers) -> str | None:
-    """What was answered wrongly, if anything was."""
+def wrong(questions: list, rounds: list[list[list[int]]]) -> str | None:
+    """What was answered wrongly, if anything was; `rounds` are tokens [round][request]."""
     bad = [
         f"{tokens[: WORDS + 1]} instead of {question.answer_ids}"
-        for question, tokens in zip(questions, answers.tokens, strict=True)
+        for answers in rounds
+        for question, tokens in zip(questions, answers, strict=False)  # smaller rounds ask fewer
         if tokens[: WORDS + 1] != question.answer_ids
     ]
     return "; ".join(bad) or None
@@ -250,82 +224,95 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.bind:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = options.bind
-    subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), "lean"], check=True)
-    checkpoint = ROOT / "checkpoints" / "lean"
-    rows = measure(checkpoint, options)
+    rows = measure(checkpoint("lean"), options)
     publish(rows, options.json)
     return 1 if any(row.ours is None for row in rows) else 0
 
 
-def measure(checkpoint: Path, options: Any) -> list[Row]:
+def configurations(samplers: list[str], further: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Settings of the engines, by name: vLLM's own, and one for each sampler."""
+    found: dict[str, dict[str, Any]] = {"vllm": {}}
+    for name in samplers:
+        settings = {"resident_layers": [], **further, "decode": name}
+        found[name] = {"attention_backend": "sparse", "additional_config": {"sparse": settings}}
+    return found
+
+
+def read(engine: Engine, questions: list, tokens: int, name: str) -> Answers:
+    """Ask one question after another, so that its text is in the prefix cache."""
     from tqdm import tqdm
 
-    model = json.loads((checkpoint / "config.json").read_text())
+    found = [
+        engine.ask([question.token_ids], tokens)
+        for question in tqdm(questions, desc=f"{name}: prompts", leave=False)
+    ]
+    return Answers(
+        [tokens for x in found for tokens in x.tokens],
+        [logprobs for x in found for logprobs in x.logprobs],
+    )
+
+
+def measure(folder: Path, options: Any) -> list[Row]:
+    from tqdm import tqdm
+
+    model = json.loads((folder / "config.json").read_text())
     layers = model["num_hidden_layers"]
     block_bytes = BLOCK * layers * model["num_key_value_heads"] * 2 * model["head_dim"] * 4
     longest = options.length + options.tokens + 16
     needed = -(-longest // BLOCK)
-    most = max(options.requests)
-    own, shared = texts(options.length, most)
-    settings = {"resident_layers": [], **options.config}
-    config: dict[str, dict[str, Any]] = {"vllm": {}}
-    for name in options.decode:
-        sparse = {**settings, "decode": name}
-        config[name] = {
-            "attention_backend": "sparse", "additional_config": {"sparse": sparse},
-        }  # fmt: skip
-    questions = {name: shared if name == "vllm" else own for name in config}
-    sizes = sorted(options.requests)
-    series = {(name, n): Series() for name in config for n in sizes}
     budget = int(BUDGET * needed) * block_bytes
-    with engines(
-        config, checkpoint=checkpoint, longest=longest, requests=most, budget=budget
-    ) as running:
-        answers = {}
-        for name, engine in running.items():
-            found = [
-                engine.ask([question.token_ids], options.tokens)
-                for question in tqdm(questions[name], desc=f"{name}: prompts", leave=False)
-            ]
-            answers[name] = Answers(
-                [tokens for x in found for tokens in x.tokens],
-                [logprobs for x in found for logprobs in x.logprobs],
-            )
-        together = dict.fromkeys(config, 0)
+    sizes = sorted(options.requests)
+    own, shared = texts(options.length, sizes[-1])
+    config = configurations(options.decode, options.config)
+    questions = {name: shared if name == "vllm" else own for name in config}
+    series = {(name, n): Series() for name in config for n in sizes}
+    with ended_together() as llms:
+        running = {}
+        for name, settings in config.items():
+            running[name] = Engine(folder, longest, sizes[-1], budget, **settings)
+            llms.append(running[name].llm)
+        answers = {
+            name: read(engine, questions[name], options.tokens, name)
+            for name, engine in running.items()
+        }
         threads = {name: engine.probe()["threads"] for name, engine in running.items()}
+        fits = running["vllm"].blocks() // needed
         for n in sizes:
             for i in tqdm(range(options.rounds + 1), desc=f"{n} at a time", leave=False):
                 # Who goes first alternates, so that a drift of the machine's speed hits all.
                 for name in list(running)[:: 1 if i % 2 else -1]:
                     prompts = [question.token_ids for question in questions[name][:n]]
                     into = series[name, n] if i else None
-                    done = running[name].measure(prompts, options.tokens, into)
-                    together[name] = max(together[name], done)
-        fits = running["vllm"].blocks() // needed
+                    running[name].measure(prompts, options.tokens, into)
     rows = []
     for name in options.decode:
-        failed = wrong(questions["vllm"], answers["vllm"]) or wrong(own, answers[name])
-        error = difference(answers[name], answers["vllm"])
+        failed = None
+        for who in ("vllm", name):
+            rounds = [answers[who].tokens] + [x for n in sizes for x in series[who, n].tokens]
+            failed = failed or wrong(questions[who], rounds)
         common = {
             "tokens": options.length, "dtype": "float32", "rounds": options.rounds,
             "threads": threads[name], "their_threads": threads["vllm"],
         }  # fmt: skip
         device = {"tokens": options.length, "device_mib": budget >> 20}
-        admitted = Row.rate(
-            f"admitted_{name}", {**device, "asked": most}, together[name], PEER, fits,
-            unit="requests",
+        at_a_time = max([n for n in sizes if series[name, n].tokens_per_s], default=0)
+        rows.append(
+            Row.rate(
+                f"admitted_{name}", {**device, "asked": sizes[-1]}, at_a_time,
+                f"{PEER}: whole requests that its blocks hold", fits, unit="requests",
+            )
         )  # fmt: skip
-        rows.append(admitted)
+        error = difference(answers[name], answers["vllm"])
         for n in sizes:
-            ours, theirs = series[name, n], series["vllm", n]
-            rows += rows_of(name, n, common, ours, theirs, layers, error, failed)
+            ours = series[name, n]
+            rows += rows_of(name, n, common, ours, series["vllm", n], layers, error, failed)
             if n > fits and fits in sizes and not failed and ours.tokens_per_s:
-                alone = statistics.median(series["vllm", fits].tokens_per_s)
                 rows.append(
                     Row.rate(
                         f"budget_{name}_{n}", {**device, "requests": n, "their_requests": fits},
                         statistics.median(ours.tokens_per_s),
-                        f"{PEER}, as many requests at a time as fit", alone, unit="tokens/s",
+                        f"{PEER}, as many requests at a time as fit",
+                        statistics.median(series["vllm", fits].tokens_per_s), unit="tokens/s",
                     )
                 )  # fmt: skip
     return rows

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._form import ROOT, Row, arguments, publish, require_editable
+from benchmarks._engines import checkpoint, ended_together, import_examples
+from benchmarks._form import Row, arguments, publish, require_editable
 
 CHUNK = 4096
 KINDS = ("lean", "random")
@@ -97,36 +96,19 @@ def engines(
     kind: str, longest: int, config: dict[str, Any], sparse_first: bool
 ) -> Iterator[tuple[Engine, Engine]]:
     """(sparse, vLLM's own) on a checkpoint of this kind; nothing of them remains afterwards."""
-    import psutil
-
-    tool = str(ROOT / "tools" / "checkpoint.py")
-    subprocess.run([sys.executable, tool, kind], check=True)
-    checkpoint = ROOT / "checkpoints" / kind
-    before = set(psutil.Process().children(recursive=True))
+    folder = checkpoint(kind)
     started: list[Engine] = []
-    # A SIGTERM that ends this process at once would leave the engines running.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
+    with ended_together() as llms:
         sparse = {"attention_backend": "sparse", "additional_config": {"sparse": config}}
         for settings in (sparse, {}) if sparse_first else ({}, sparse):
-            started.append(Engine(checkpoint, longest, **settings))
+            started.append(Engine(folder, longest, **settings))
+            llms.append(started[-1].llm)
         yield (started[0], started[1]) if sparse_first else (started[1], started[0])
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        left = set(psutil.Process().children(recursive=True)) - before
-        for engine in started:
-            engine.llm.llm_engine.engine_core.shutdown(timeout=30)
-        _, alive = psutil.wait_procs(left, timeout=15)
-        for process in alive:
-            process.kill()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def prompt(kind: str, length: int, seed: int) -> tuple[list[int], int | None]:
     """Token ids, and the token that answers them where the model can answer."""
-    examples = str(ROOT / "examples")
-    if examples not in sys.path:
-        sys.path.insert(0, examples)
+    import_examples()
     from retrieval.prompts import haystack_ids, needle_prompt
 
     if kind == "random":
