@@ -93,6 +93,7 @@ def test_a_crowd_is_answered_from_samples(served):
     assert steps.blocks == DEVICE_BLOCKS - 1
     stats = steps.stats
     assert 0 < stats["rows_read"] < 0.2 * stats["rows_there"]
+    assert 0.24 * 2**30 < stats["host_bytes"] <= 0.25 * 2**30  # what samplers know included
     if sampler in ACTORS:
         assert crowd.killed
         assert stats["restarts"] == len(crowd.killed)

@@ -170,3 +170,47 @@ def test_samples_depend_on_neither_batch_nor_slot():
     assert torch.equal(out[0], out[1]) and torch.equal(alone[0], out[2])
     assert torch.equal(lse[0], lse[2])
     pool.shutdown()
+
+
+@pytest.mark.parametrize("sampler", ["topk", "vattention", "lsh"])
+@pytest.mark.parametrize("kept", [1024, 1000])  # between shared pages, and within one
+def test_what_samplers_know_follows_shared_and_truncated_pages(sampler, kept):
+    pool = make_pool(sampler=sampler, rows=128)
+    q = queries(1)
+    fill(pool, "a", 2000, keys=[str(n) for n in range(31)])
+    slot = pool.open("b")
+    assert pool.share(slot, [str(n) for n in range(16)]) == 1024
+    # Rows that weigh nearly everything, and are cut off again.
+    loud = 4 * some(500, seed=3)
+    for layer in range(2):
+        pool.append(slot, layer, *loud)
+    pool.truncate(slot, kept)
+    k, v = some(1976 - kept, seed=4)
+    for head in range(8):
+        k[100 * head, head // 4] = 12 * q[0, head] / q[0, head].norm()
+    for layer in range(2):
+        pool.append(slot, layer, k[:700], v[:700])
+        for n in range(700, len(k)):  # decoded
+            pool.append(slot, layer, k[n : n + 1], v[n : n + 1])
+    before_k, before_v = some(2000)
+    want, _ = exact(
+        q[0], torch.cat([before_k[:kept], k]), torch.cat([before_v[:kept], v]), pool.scale
+    )
+    for layer in range(2):
+        out, _ = ask(pool, layer, q, [slot], [0], [1976])
+        assert relative(out[0], want).max() < 0.05
+    assert pool.stats()["rows_read"] < 0.1 * pool.stats()["rows_there"]
+    pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    "sampler, options, says",
+    [
+        ("lsh", {"bits": 7.5}, "bits: got 7.5; give a whole number"),
+        ("topk", {"even": 0.1}, "'topk' has no option 'even'; it has share, least"),
+        ("vattention", {"epsilon": 2}, "epsilon: got 2; give a number from 0 to 1"),
+    ],
+)
+def test_bad_options_are_named(sampler, options, says):
+    with pytest.raises(ValueError, match=says):
+        make_pool(sampler=sampler, sampler_options=options)
