@@ -23,3 +23,13 @@ class WorkerProbe:
             "threads": torch.get_num_threads(),
             "stats": asdict(STATS),
         }
+
+    def pool(self) -> dict[str, float]:
+        """What the host store's pool counted since the start; nothing without one."""
+        from vllm.distributed.kv_transfer import has_kv_transfer_group
+
+        if not has_kv_transfer_group():
+            return {}
+        from vllm_sparse.cpu_offload import connector
+
+        return connector.host().totals()[0]

@@ -7,6 +7,7 @@ an actor maps the worker's region and serves its ring, as a local process does.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import threading
@@ -82,6 +83,11 @@ class RayHandle(Handle):
             self._ray.kill(self._actor)
         with contextlib.suppress(OSError):
             os.close(self.pidfd)
+
+
+def is_installed() -> bool:
+    """Whether Ray can be imported; does not import it."""
+    return importlib.util.find_spec("ray") is not None
 
 
 def connect() -> Any:

@@ -65,6 +65,11 @@ class Sampling:
             value = getattr(self, key)
             if not low <= value <= high:
                 raise ValueError(f"{key}: got {value}; give a number from {low} to {high}")
+        for key in ("least", "bits", "tables", "seed"):
+            value = getattr(self, key)
+            if value != int(value):
+                raise ValueError(f"{key}: got {value}; give a whole number")
+            object.__setattr__(self, key, int(value))  # settings arrive as floats
         if not 0 < self.delta < 1:
             raise ValueError(f"delta: got {self.delta}; give a number between 0 and 1")
 

@@ -24,6 +24,9 @@ def test_defaults(nothing):
         "window": 1024,
         "sink": 16,
         "actors": 0,
+        "ray": False,
+        "rows": None,
+        "sampler_options": (),
         "resident_layers": (0,),
         "host_gib": None,
     }
@@ -63,6 +66,8 @@ def test_it_cannot_be_changed():
         ("resident_layers", [2, 0], (0, 2)),
         ("window", "256", 256),
         ("host_gib", "1.5", 1.5),
+        ("ray", False, False),
+        ("ray", "false", False),
     ],
 )
 def test_text_from_the_command_line(key, value, expected):
@@ -82,7 +87,16 @@ def test_text_from_the_command_line(key, value, expected):
         ("break_even", True, "a whole number of tokens from 0"),
         ("break_even", "auto", "a whole number of tokens from 0"),
         ("patterns", 3, "the path of a pattern file"),
-        ("decode", "sparse", '"dense" or "exact"'),
+        ("decode", "sparse", '"dense", "exact", "lsh", "vattention" or "topk"'),
+        ("decode", "magicpig", '"dense", "exact", "lsh", "vattention" or "topk"'),
+        ("rows", 15, "a whole number from 16"),
+        ("rows", 99.5, "a whole number from 16"),
+        ("rows", True, "a whole number from 16"),
+        ("ray", "here", "true or false"),
+        ("ray", None, "true or false"),
+        ("sampler_options", 0.1, "an object with options of the sampler"),
+        ("sampler_options", {"epsilon": True}, "an object with options of the sampler"),
+        ("sampler_options", {"epsilon": "small"}, "an object with options of the sampler"),
         ("window", 15, "a whole number of tokens from 16"),
         ("window", True, "a whole number of tokens from 16"),
         ("sink", -1, "a whole number of tokens from 0"),
@@ -124,16 +138,30 @@ def test_every_error_is_said_at_once():
     ]
 
 
+@pytest.mark.parametrize("decode", ["lsh", "vattention", "topk"])
+def test_sampled_decode(decode):
+    config = parse(decode=decode, rows="512", sampler_options={"share": "0.05", "least": 64})
+    assert config.samples and config.offloads
+    assert (config.rows, dict(config.sampler_options)) == (512, {"share": 0.05, "least": 64})
+    hash(config)  # it is a key of what a process settles once
+    assert not parse(decode="exact").samples
+
+
 @pytest.mark.parametrize(
-    "key, value, later",
+    "settings, says",
     [
-        ("decode", "lsh", "sampled decode in the server"),
-        ("decode", "topk", "sampled decode in the server"),
+        ({"decode": "exact", "rows": 64}, '["rows"] is for decode that samples'),
+        ({"rows": 64}, "[\"decode\"] is 'dense': set it to one of lsh, vattention, topk"),
+        ({"decode": "exact", "sampler_options": {"share": 0.1}}, '["sampler_options"] is for'),
+        ({"decode": "lsh", "ray": True}, '["actors"] is 0: set it to 1 or more'),
+        ({"decode": "lsh", "ray": "true"}, '["ray"] makes the actors Ray actors'),
     ],
+    ids=str,
 )
-def test_what_comes_later_is_said_to(key, value, later):
-    with pytest.raises(ValueError, match=f"{value!r} comes with {later}"):
-        parse(**{key: value})
+def test_settings_that_say_nothing_beside_the_others(settings, says):
+    with pytest.raises(ValueError) as error:
+        parse(**settings)
+    assert says in str(error.value)
 
 
 def test_the_section_must_be_an_object():

@@ -117,6 +117,21 @@ def test_averaging_counts() -> None:
     assert late.count(best) < min(late.count(symbol) for symbol in rest if counts[symbol])
 
 
+def test_questions_on_one_text_share_it() -> None:
+    depths = (0.0, 0.5, 1.0)
+    tally, *needles = prompts.questions_on_one_text(2049, depths, seed=5, words=2)
+    assert len(tally.token_ids) == 2049
+    assert tally.kind == "averaging"
+    text = 2049 - 40
+    for depth, question in zip(depths, needles, strict=True):
+        assert question.token_ids[:text] == tally.token_ids[:text]
+        assert [question.token_ids[i] for i in question.evidence] == question.answer_ids[:2]
+        assert abs(question.evidence[0] / 2049 - depth) < 0.03
+    counts = {symbol: tally.prompt.split().count(symbol) for symbol in SYMBOLS}
+    assert max(counts, key=counts.__getitem__) == tally.answer
+    assert sum(counts.values()) == len(tally.evidence)
+
+
 def test_bad_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match="too short"):
         prompts.needle_prompt(20)

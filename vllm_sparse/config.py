@@ -14,19 +14,19 @@ ALLOWED = {
     "coverage": "a number from 0 to 1: the share of attention mass that a head must cover",
     "break_even": "a whole number of tokens from 0 (0: prefill is never dense), or null to measure",
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
-    "decode": '"dense" or "exact"',
+    "decode": '"dense", "exact", "lsh", "vattention" or "topk"',
     "softmax": '"online", "lazy" or "unified"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
     "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
     "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
     "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself)",
+    "ray": "true or false: whether actors are Ray actors instead of local processes",
+    "rows": "a whole number from 16: the most rows that a KV head reads in the host, or null",
+    "sampler_options": 'an object with options of the sampler, such as {"share": 0.05}',
     "resident_layers": "a list of layer numbers from 0, whose keys and values stay on the device",
     "host_gib": "a number above 0: GiB of host memory for keys and values, or null to choose",
 }
-# Values that are announced, with what brings them.
-LATER = {
-    "decode": dict.fromkeys(("lsh", "vattention", "topk"), "sampled decode in the server"),
-}
+SAMPLED = ("lsh", "vattention", "topk")
 
 
 class SparseConfig(BaseModel):
@@ -37,13 +37,17 @@ class SparseConfig(BaseModel):
     coverage: float = Field(0.95, ge=0, le=1)
     break_even: int | None = Field(None, ge=0)
     patterns: str | None = None
-    decode: Literal["dense", "exact"] = "dense"
+    decode: Literal["dense", "exact", "lsh", "vattention", "topk"] = "dense"
     softmax: Literal["online", "lazy", "unified"] = "online"
     dense_layers: tuple[int, ...] = ()
     # What follows is for decode other than "dense".
     window: int = Field(1024, ge=16)
     sink: int = Field(16, ge=0)
     actors: int = Field(0, ge=0)
+    ray: bool = False
+    # For decode that samples; the options of each sampler are those of cpu_offload/sampling.py.
+    rows: int | None = Field(None, ge=16)
+    sampler_options: tuple[tuple[str, float], ...] = ()  # by name; pairs, as it has to be hashable
     resident_layers: tuple[int, ...] = (0,)
     host_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
 
@@ -68,9 +72,33 @@ class SparseConfig(BaseModel):
                 'such as {"coverage": 0.95}'
             )
         try:
-            return cls(**given)
+            config = cls(**given)
         except ValidationError as error:
             raise ValueError("\n".join(_explain(given, error))) from None
+        if conflicts := config._conflicts():
+            raise ValueError("\n".join(conflicts))
+        return config
+
+    @property
+    def samples(self) -> bool:
+        """Whether decode reads some rows of host memory for all."""
+        return self.decode in SAMPLED
+
+    def _conflicts(self) -> list[str]:
+        """Settings that say nothing beside the others."""
+        found = []
+        for key in ("rows", "sampler_options"):
+            if getattr(self, key) and not self.samples:
+                found.append(
+                    f'{SECTION}["{key}"] is for decode that samples, and ["decode"] is '
+                    f"{self.decode!r}: set it to one of {', '.join(SAMPLED)}, or leave {key} out"
+                )
+        if self.ray and not self.actors:
+            found.append(
+                f'{SECTION}["ray"] makes the actors Ray actors, and ["actors"] is 0: set it to 1 '
+                "or more, or leave ray out"
+            )
+        return found
 
     def check_layers(self, num_layers: int) -> None:
         """Raise ValueError if a setting names a layer that the model does not have."""
@@ -83,7 +111,7 @@ class SparseConfig(BaseModel):
                 )
 
     @field_validator(
-        "coverage", "break_even", "window", "sink", "actors", "host_gib", mode="before"
+        "coverage", "break_even", "window", "sink", "actors", "rows", "host_gib", mode="before"
     )
     @classmethod
     def _no_truth_value(cls, value: Any) -> Any:
@@ -101,6 +129,13 @@ class SparseConfig(BaseModel):
             return [part for part in value.strip("[] ").split(",") if part]
         return value
 
+    @field_validator("sampler_options", mode="before")
+    @classmethod
+    def _numbers_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or any(isinstance(x, bool) for x in value.values()):
+            raise ValueError("not an object with numbers")
+        return tuple(sorted(value.items()))
+
     @field_validator("dense_layers", "resident_layers")
     @classmethod
     def _from_zero(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -117,8 +152,5 @@ def _explain(given: Mapping[str, Any], error: ValidationError) -> list[str]:
             hint = f'did you mean "{close[0]}"? ' if close else ""
             lines.append(f"{SECTION} has the unknown key {key!r}: {hint}Keys: {', '.join(ALLOWED)}")
             continue
-        value = given[key]
-        later = LATER.get(key, {}).get(value) if isinstance(value, str) else None
-        hint = f"; {value!r} comes with {later}, which this version does not have" if later else ""
-        lines.append(f'{SECTION}["{key}"] is {value!r}: allowed is {ALLOWED[key]}{hint}')
+        lines.append(f'{SECTION}["{key}"] is {given[key]!r}: allowed is {ALLOWED[key]}')
     return lines

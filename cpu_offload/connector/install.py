@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from vllm.config import KVTransferConfig
 
-from vllm_sparse.config import SparseConfig
+from vllm_sparse.config import SECTION, SparseConfig
+
+from .. import actor
+from ..sampling import Sampling
 
 NAME, MODULE = "SparseOffloadConnector", "vllm_sparse.cpu_offload.connector"
 
@@ -18,14 +21,32 @@ def install(vllm_config, config: SparseConfig) -> None:
     ours = vllm_config.kv_transfer_config
     if ours is not None and ours.kv_connector_module_path == MODULE:
         return  # vLLM checks a config again when it makes one out of another
+    sampling_of(config)
+    if config.ray and not actor.is_installed():
+        raise ValueError(
+            f'{SECTION}["ray"] is true, and Ray is not installed; run: '
+            "pip install 'vllm-sparse[ray]', or leave ray out: actors are local processes then"
+        )
     if reasons := refusals(vllm_config, config):
         raise ValueError(
-            f'additional_config["sparse"]["decode"] is {config.decode!r}, which keeps keys and '
+            f'{SECTION}["decode"] is {config.decode!r}, which keeps keys and '
             f"values in host memory. That does not go with {'; nor with '.join(reasons)}"
         )
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector=NAME, kv_connector_module_path=MODULE, kv_role="kv_both"
     )
+
+
+def sampling_of(config: SparseConfig) -> Sampling:
+    """What decode samples.
+
+    Raises:
+        ValueError: the sampler has no such option, or not with this value.
+    """
+    try:
+        return Sampling.of(config.decode, config.rows, dict(config.sampler_options))
+    except ValueError as error:
+        raise ValueError(f'{SECTION}["sampler_options"]: {error}') from None
 
 
 def refusals(vllm_config, config: SparseConfig) -> list[str]:

@@ -12,8 +12,8 @@ from ..kv_spec import OffloadWindowSpec
 from ..layout import Layout
 from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
-from ..sampling import Sampling
 from ..step import Step
+from .install import sampling_of
 from .metrics import OffloadStats
 from .sizing import GIB, store_pages
 
@@ -52,8 +52,7 @@ class WorkerSide:
         self.block_size = spec.block_size
         self.rank = get_tensor_model_parallel_rank()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        sampling = Sampling.of(config.decode, None, None)
+        sampling = sampling_of(config)
         rows = spec.num_kv_heads, spec.head_size, spec.dtype, PAGE_ROWS
         layouts = [Layout(len(offloaded), *rows, sampling.sketched, sampling.hash_tables)]
         layouts += [Layout(len(resident), *rows)] if resident else []
@@ -77,8 +76,8 @@ class WorkerSide:
         }
         pool = Pool(
             layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
-            kind="process" if config.actors else "inline",
-            actors=max(config.actors, 1), **shape,
+            rows=config.rows, sampler_options=dict(config.sampler_options),
+            kind=pool_kind(config), actors=max(config.actors, 1), **shape,
         )  # fmt: skip
         mirror = None
         if resident:
@@ -93,7 +92,7 @@ class WorkerSide:
             pages * PAGE_ROWS,
             len(self.layers),
             config.decode,
-            f"{config.actors} processes and the worker" if config.actors else "the worker",
+            readers(config),
             config.sink,
             config.window,
             f", and layers {sorted(resident)} whole" if resident else "",
@@ -130,3 +129,19 @@ class WorkerSide:
 
     def shutdown(self) -> None:
         self.host.shutdown()
+
+
+def pool_kind(config: SparseConfig) -> str:
+    """Who answers beside the worker, as `Pool` calls it."""
+    if not config.actors:
+        return "inline"
+    return "ray" if config.ray else "process"
+
+
+def readers(config: SparseConfig) -> str:
+    """The same for people."""
+    if not config.actors:
+        return "the worker"
+    kind = "Ray actor" if config.ray else "process"
+    plural = "" if config.actors == 1 else "es" if kind == "process" else "s"
+    return f"{config.actors} {kind}{plural} and the worker"

@@ -110,28 +110,50 @@ def averaging_prompt(
     last, so that neither a window nor the beginning alone gives the answer away: in the last
     third of the haystack the runner-up leads.
     """
-    if not 2 <= len(shares) <= len(SYMBOLS) or max(shares[1:]) >= shares[0]:
-        raise ValueError(f"shares={shares}: 2 to {len(SYMBOLS)}, the first the largest")
     rng = np.random.default_rng([seed, 3])
-    symbols = _pick(rng, SYMBOLS, len(shares))
+    symbols = _pick_symbols(rng, shares)
     question = [COUNT, *COUNT_TEMPLATE]
     size = length - 1 - len(question)
-    haystack = _haystack(rng, size)
-    counts = np.floor(np.array(shares) / sum(shares) * rate * size).astype(int)
-    places = np.sort(rng.choice(size, counts.sum(), replace=False))
-    drawn = rng.permutation(np.repeat(np.arange(len(shares)), counts))
-    if late_minority:
-        # Move part of the majority forward: the last third keeps few of it.
-        cut = len(drawn) * 2 // 3
-        late = np.flatnonzero(drawn[cut:] == 0) + cut
-        early = np.flatnonzero(drawn[:cut] != 0)
-        swap = min(len(late) * 2 // 3, len(early))
-        a, b = rng.choice(late, swap, replace=False), rng.choice(early, swap, replace=False)
-        drawn[a], drawn[b] = drawn[b], drawn[a].copy()
-    for place, symbol in zip(places, drawn, strict=True):
-        haystack[place] = symbols[symbol]
+    haystack, places = _tallied_haystack(rng, size, symbols, shares, rate, late_minority)
     words = [BOS, *haystack, *question]
     return _question("averaging", words, [symbols[0]], (places + 1).tolist())
+
+
+def questions_on_one_text(
+    length: int,
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    seed: int = 0,
+    *,
+    words: int = 1,
+    shares: Sequence[float] = (0.6, 0.4),
+    rate: float = 0.2,
+    late_minority: bool = True,
+) -> list[Question]:
+    """The averaging question of `length` tokens, and one for a needle at each depth, on one text.
+
+    All begin with the same tokens, so that a prefix cache reads the text once; the needles'
+    questions are a few tokens longer or shorter than `length`.
+    """
+    rng = np.random.default_rng([seed, 5])
+    symbols = _pick_symbols(rng, shares)
+    keys = _pick(rng, KEYS, len(depths))
+    drawn = _pick(rng, VALUES, words * len(keys))  # a word in two needles would be ambiguous
+    values = [drawn[i : i + words] for i in range(0, len(drawn), words)]
+    needles = [[NOTE, key, *value, STOP] for key, value in zip(keys, values, strict=True)]
+    size = length - 2 - len(COUNT_TEMPLATE) - sum(map(len, needles))
+    haystack, _ = _tallied_haystack(rng, size, symbols, shares, rate, late_minority)
+    text = [BOS, *haystack]
+    # From the last one on, so that places before it stay.
+    for depth, needle in sorted(zip(depths, needles, strict=True), reverse=True):
+        place = 1 + round(depth * size)
+        text[place:place] = needle
+    places = [i for i, word in enumerate(text) if word in symbols]
+    found = [_question("averaging", [*text, COUNT, *COUNT_TEMPLATE], [symbols[0]], places)]
+    for key, value in zip(keys, values, strict=True):
+        question, at = [RECALL, key, *RECALL_TEMPLATE], text.index(key)
+        evidence = [*range(at + 1, at + 1 + words)]
+        found.append(_question("multi-key", [*text, *question], [*value, STOP], evidence))
+    return found
 
 
 def haystack_ids(length: int, seed: int = 0) -> list[int]:
@@ -149,6 +171,38 @@ def _haystack(rng: np.random.Generator, size: int) -> list[str]:
     for place in rng.choice(size, special, replace=False):
         words[place] = VOCABULARY.special[rng.integers(len(VOCABULARY.special))]
     return words
+
+
+def _pick_symbols(rng: np.random.Generator, shares: Sequence[float]) -> list[str]:
+    if not 2 <= len(shares) <= len(SYMBOLS) or max(shares[1:]) >= shares[0]:
+        raise ValueError(f"shares={shares}: 2 to {len(SYMBOLS)}, the first the largest")
+    return _pick(rng, SYMBOLS, len(shares))
+
+
+def _tallied_haystack(
+    rng: np.random.Generator,
+    size: int,
+    symbols: Sequence[str],
+    shares: Sequence[float],
+    rate: float,
+    late_minority: bool,
+) -> tuple[list[str], np.ndarray]:
+    """A haystack with symbols in it, and their places; see `averaging_prompt`."""
+    haystack = _haystack(rng, size)
+    counts = np.floor(np.array(shares) / sum(shares) * rate * size).astype(int)
+    places = np.sort(rng.choice(size, counts.sum(), replace=False))
+    drawn = rng.permutation(np.repeat(np.arange(len(shares)), counts))
+    if late_minority:
+        # Move part of the majority forward: the last third keeps few of it.
+        cut = len(drawn) * 2 // 3
+        late = np.flatnonzero(drawn[cut:] == 0) + cut
+        early = np.flatnonzero(drawn[:cut] != 0)
+        swap = min(len(late) * 2 // 3, len(early))
+        a, b = rng.choice(late, swap, replace=False), rng.choice(early, swap, replace=False)
+        drawn[a], drawn[b] = drawn[b], drawn[a].copy()
+    for place, symbol in zip(places, drawn, strict=True):
+        haystack[place] = symbols[symbol]
+    return haystack, places
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:

@@ -6,14 +6,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import openai
 import pytest
+from asking import ask
 from retrieval.checkpoint import build_checkpoint
-from retrieval.prompts import Question, averaging_prompt, needle_prompt
+from retrieval.prompts import averaging_prompt, needle_prompt
 from server import Server, ends_on_signals
 
 READY_S = 300
-ANSWER_S = 300
 DEPTHS = {1024: [i / 10 for i in range(11)], 4096: [0, 0.25, 0.5, 0.75, 1]}
 DEPTHS[16384] = DEPTHS[4096]
 # The majority's share and the others'; the last one's minority stands nearest to the question.
@@ -46,18 +45,6 @@ def server(request, checkpoint, tmp_path_factory) -> Iterator[Server]:
     assert "Sparse attention active: coverage 0.95" in text
     longest = [int(n) for n in re.findall(r"Sparse prefill: (\d+) tokens", text)]
     assert max(longest) >= 16000
-
-
-def ask(server: Server, question: Question) -> str:
-    client = openai.OpenAI(
-        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=ANSWER_S
-    )
-    answer = client.completions.create(
-        model="lean", prompt=question.prompt, max_tokens=len(question.answer_ids) + 1,
-        temperature=0,
-    )  # fmt: skip
-    assert answer.usage.prompt_tokens == len(question.token_ids)
-    return answer.choices[0].text
 
 
 @pytest.mark.parametrize("length", DEPTHS, ids=lambda n: f"{n // 1024}K")

@@ -8,6 +8,7 @@ import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_sparse import plugin
+from vllm_sparse.cpu_offload import actor
 
 EXACT = {"decode": "exact"}
 
@@ -54,6 +55,21 @@ def test_dense_decode_has_no_connector(llama):
         ({}, {"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2; use 1"),
         ({"resident_layers": [0, 1, 2, 3]}, {}, "resident_layers [0, 1, 2, 3], which are all"),
         ({"resident_layers": [4]}, {}, "the model has the layers 0 to 3"),
+        (
+            {"decode": "lsh", "sampler_options": {"epsilon": 0.1}},
+            {},
+            "\"sampler_options\"]: sampler_options: 'lsh' has no option 'epsilon'; it has share",
+        ),
+        (
+            {"decode": "lsh", "sampler_options": {"bits": 7.5}},
+            {},
+            '"sampler_options"]: bits: got 7.5; give a whole number',
+        ),
+        (
+            {"decode": "vattention", "sampler_options": {"delta": 1}},
+            {},
+            "delta: got 1.0; give a number between 0 and 1",
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -66,3 +82,20 @@ def test_refused(settings, engine, says, llama):
 def test_models_with_windows_are_refused(gemma3):
     with pytest.raises(ValueError, match=r"other kinds than full attention \(sliding_attention\)"):
         configure(gemma3, EXACT)
+
+
+@pytest.mark.parametrize("decode", ["lsh", "vattention", "topk"])
+def test_samplers_go_in_like_exact(decode, llama):
+    config = configure(llama, {"decode": decode, "rows": 256})
+    assert config.kv_transfer_config.kv_connector == "SparseOffloadConnector"
+
+
+def test_ray_actors_need_ray(llama, monkeypatch):
+    settings = {"decode": "exact", "actors": 1, "ray": True}
+    monkeypatch.setattr(actor, "is_installed", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"Ray is not installed; run: pip install 'vllm-sparse\[ray"
+    ):
+        configure(llama, settings)
+    monkeypatch.setattr(actor, "is_installed", lambda: True)
+    assert configure(llama, settings).kv_transfer_config is not None
