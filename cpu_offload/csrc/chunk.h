@@ -66,31 +66,81 @@ struct Chunk {
   }
 };
 
-// Fetches the rows of a chunk line by line, as kernels say while they work on the one before.
-//
-// Into the second-level cache: a core waits for about 24 lines on their way to the first level,
-// half of what its memory could give it, and for more on their way to the second (Zen 4). Evenly,
-// for the hardware's own prefetching to join in.
-class Feed {
+// Fetches rows line by line, as kernels say while they work.
+class Cursor {
  public:
   template <class T>
-  Feed(const Chunk<T>& chunk, int64_t row_bytes)
-      : rows_(reinterpret_cast<const char* const*>(chunk.keys)),
-        end_(rows_ + chunk.count),
-        row_bytes_(row_bytes) {}
+  Cursor(const Chunk<T>& chunk, int first)
+      : row_(pointers(chunk) + (first < chunk.count ? first : chunk.count)),
+        end_(pointers(chunk) + chunk.count) {}
 
-  void lines(int count) {
-    for (int i = 0; i < count && rows_ != end_; ++i) {
-      __builtin_prefetch(*rows_ + at_, 0, 2);
-      at_ += 64;
-      if (at_ >= row_bytes_) at_ = 0, ++rows_;
+  template <class T>
+  void then(const Chunk<T>& chunk) {
+    then_ = pointers(chunk), then_end_ = then_ + chunk.count;
+  }
+
+  // One line, or two that follow each other. False where there is none any more.
+  template <int kLines>
+  bool fetch(int64_t row_bytes) {
+    if (at_ >= row_bytes) at_ = 0, ++row_;
+    if (row_ == end_) {
+      if (then_ == then_end_) return false;
+      row_ = then_, end_ = then_end_, then_ = then_end_;
     }
+    const char* line = *row_ + at_;
+    __builtin_prefetch(line, 0, 2);
+    if (kLines == 2) __builtin_prefetch(line + 64, 0, 2);
+    at_ += 64 * kLines;
+    return true;
   }
 
  private:
-  const char* const* rows_;
+  template <class T>
+  static const char* const* pointers(const Chunk<T>& chunk) {
+    return reinterpret_cast<const char* const*>(chunk.keys);
+  }
+
+  const char* const* row_;
   const char* const* end_;
-  int64_t row_bytes_, at_ = 0;
+  const char* const* then_ = nullptr;
+  const char* const* then_end_ = nullptr;
+  int64_t at_ = 0;
+};
+
+// Has every row fetched twice: while the chunk before it is worked on, and again 16 rows before it
+// is read.
+//
+// Into the second-level cache: a core waits for about 24 lines on their way to the first level,
+// half of what its memory could give it, and for more on their way to the second. Such a fetch is
+// dropped where too many are under way, without a word: a loop of nothing else "fetches" 136 GB/s
+// from a memory that gives 30. So the pace is even, and the second time gets what was dropped: a
+// thread alone reads 1.25 times as much, two threads 1.1 times (Zen 4).
+class Feed {
+ public:
+  template <class T>
+  Feed(const Chunk<T>& now, const Chunk<T>& next, int64_t row_bytes)
+      : far_(next, 0), near_(now, kNear), row_bytes_(row_bytes) {
+    near_.then(next);
+  }
+
+  // So many lines of the next chunk.
+  void far(int lines) {
+    for (int i = 0; i < lines && far_.fetch<1>(row_bytes_); ++i) {
+    }
+  }
+  // So many lines again, of what is read soon.
+  void near(int lines) {
+    for (int i = 0; i < lines && near_.fetch<1>(row_bytes_); ++i) {
+    }
+  }
+  // Two lines at once take less than half of the instructions.
+  void far_two() { far_.fetch<2>(row_bytes_); }
+  void near_two() { near_.fetch<2>(row_bytes_); }
+
+ private:
+  static constexpr int kNear = 16;
+  Cursor far_, near_;
+  int64_t row_bytes_;
 };
 
 }  // namespace

@@ -66,14 +66,15 @@ struct PairedBFloat16 {
 
   __mmask32 mask(int64_t d) const { return head_size - d >= 32 ? ~0u : 0xffffu; }
 
-  void take_values(const Chunk<T>& now, Feed& feed, int n, int lines) const {
+  // Interleaves the values of rows n and n + 1, and fetches as it goes if `feed` is given.
+  void take_values(const Chunk<T>& now, Feed* feed, int n) const {
     BFloat16* to = pairs + n * stride_;
     for (int64_t d = 0; d < head_size; d += 32, to += 64) {
       const __m512i x = (__m512i)load_pairs(now.values[n] + d, mask(d));
       const __m512i y = (__m512i)load_pairs(now.values[n + 1] + d, mask(d));
       _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
       _mm512_store_si512(to + 32, _mm512_unpackhi_epi16(x, y));
-      feed.lines(lines);
+      if (feed != nullptr) feed->far_two(), feed->near_two();
     }
   }
 
@@ -81,12 +82,14 @@ struct PairedBFloat16 {
   void score_heads(const Chunk<T>& now, Feed& feed, int g0, float* scores) const {
     constexpr int kRows = 16 / kHeads;
     const bool take = g0 == 0 && !now.scattered;
-    const int lines = g0 > 0 ? 0 : now.scattered ? kRows : kRows / 2;
+    // Every row is to be fetched once and once again. Where values are taken along, that and
+    // summing them up fetch the others of its lines.
+    const int fetches = g0 > 0 ? 0 : now.scattered ? kRows / 2 : kRows / 4;
     for (int n = 0; n < now.count; n += kRows) {
-      for (int i = n; take && i < n + kRows; i += 2) take_values(now, feed, i, 2);
+      for (int i = n; take && i < n + kRows; i += 2) take_values(now, &feed, i);
       __m512 acc[16] = {};
       for (int64_t d = 0; d < head_size; d += 32) {
-        feed.lines(lines);
+        for (int i = 0; i < fetches; ++i) feed.far_two(), feed.near_two(), feed.near_two();
         __m512bh y[kHeads];
 #pragma GCC unroll 4
         for (int g = 0; g < kHeads; ++g) y[g] = load_pairs(q + (g0 + g) * stride_ + d, ~0u);
@@ -109,12 +112,15 @@ struct PairedBFloat16 {
 
   void score(const Chunk<T>& now, Feed& feed, float* scores) const {
     for_heads(group, [&](int g, auto heads) { score_heads<heads>(now, feed, g, scores); });
-    for (int n = 0; now.scattered && n < now.count; n += 2) take_values(now, feed, n, 0);
+    // In fours, as they are summed.
+    for (int n = 0; now.scattered && n < (now.count + 3) / 4 * 4; n += 2) {
+      take_values(now, nullptr, n);
+    }
   }
 
   template <int kHeads>
   void accumulate_heads(const Chunk<T>& now, Feed& feed, int g0, float* out) const {
-    const int lines = g0 > 0 ? 0 : now.scattered ? 2 : 1;
+    const int fetches = g0 > 0 ? 0 : now.scattered ? 2 : 1;
     for (int64_t d = 0; d < stride_; d += 32) {
       __m512 acc[kHeads][2];
 #pragma GCC unroll 4
@@ -122,16 +128,19 @@ struct PairedBFloat16 {
         acc[g][0] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d);
         acc[g][1] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d + 16);
       }
-      for (int n = 0; n < now.count; n += 2) {
-        feed.lines(lines);
-        const BFloat16* from = pairs + n * stride_ + 2 * d;
-        const __m512bh low = (__m512bh)_mm512_load_si512(from);
-        const __m512bh high = (__m512bh)_mm512_load_si512(from + 32);
+      for (int n = 0; n < now.count; n += 4) {
+        for (int i = 0; i < fetches; ++i) feed.far_two();
+#pragma GCC unroll 2
+        for (int i = n; i < n + 4; i += 2) {
+          const BFloat16* from = pairs + i * stride_ + 2 * d;
+          const __m512bh low = (__m512bh)_mm512_load_si512(from);
+          const __m512bh high = (__m512bh)_mm512_load_si512(from + 32);
 #pragma GCC unroll 4
-        for (int g = 0; g < kHeads; ++g) {
-          const __m512bh p = (__m512bh)_mm512_set1_epi32(weights[(g0 + g) * kBlock / 2 + n / 2]);
-          acc[g][0] = _mm512_dpbf16_ps(acc[g][0], low, p);
-          acc[g][1] = _mm512_dpbf16_ps(acc[g][1], high, p);
+          for (int g = 0; g < kHeads; ++g) {
+            const __m512bh p = (__m512bh)_mm512_set1_epi32(weights[(g0 + g) * kBlock / 2 + i / 2]);
+            acc[g][0] = _mm512_dpbf16_ps(acc[g][0], low, p);
+            acc[g][1] = _mm512_dpbf16_ps(acc[g][1], high, p);
+          }
         }
       }
 #pragma GCC unroll 4

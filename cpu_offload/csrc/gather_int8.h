@@ -59,7 +59,8 @@ struct SplitInt8 {
     constexpr int kRows = 8 / kHeads;
     const int lines = g0 == 0 ? kRows * static_cast<int>((head_size + 31) / 32) : 0;
     for (int n = 0; n < now.count; n += kRows) {
-      feed.lines(lines);
+      feed.far(lines);
+      feed.near(lines);
       __m512i acc[16] = {};  // of the upper bytes, of the lower bytes
       for (int64_t d = 0; d < head_size; d += 64) {
         const __mmask64 mask = head_size - d >= 64 ? ~0ull : (1ull << (head_size - d)) - 1;

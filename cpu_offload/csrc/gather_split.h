@@ -26,7 +26,11 @@ struct Widened {
     const int lines = static_cast<int>(4 * 2 * head_size * sizeof(T) / 64) + 1;
     for_heads(group, [&](int g, auto heads) {
       decode_score<heads>(q + g * head_size, now.keys, now.count, head_size, scores + g * kBlock,
-                          [&](int) { feed.lines(g == 0 ? lines : 0); });
+                          [&](int) {
+                            if (g > 0) return;
+                            feed.far(lines);
+                            feed.near(lines);
+                          });
     });
   }
 
@@ -89,14 +93,15 @@ bool gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
   std::memset(out, 0, group * stride * sizeof(float));
 
   Chunk<T> chunks[2];
+  chunks[1].count = 0;
   if (!chunks[0].find(item.view, item.rows, w.first, w.last)) return false;
-  Feed(chunks[0], item.view.row_bytes).lines(INT32_MAX);
+  Feed(chunks[1], chunks[0], item.view.row_bytes).far(INT32_MAX);
   int turn = 0;
   for (int64_t first = w.first; first < w.last; first += kBlock, turn ^= 1) {
     const Chunk<T>& now = chunks[turn];
     Chunk<T>& next = chunks[turn ^ 1];
     if (!next.find(item.view, item.rows, first + kBlock, w.last)) return false;
-    Feed feed(next, item.view.row_bytes);
+    Feed feed(now, next, item.view.row_bytes);
     policy.score(now, feed, scores);
     to_logits(a, item, now, first, scores);
     for (int g = 0; g < group; ++g) {

@@ -35,6 +35,11 @@ struct Sketch {
   }
 };
 
+// Of a page of one KV head, its hash codes not included.
+inline int64_t sketch_bytes(const Host& h) {
+  return h.head_size * sizeof(float) + ((sizeof(float) + h.head_size / 2) << h.shift);
+}
+
 // The largest magnitude; infinity where a number is not finite.
 inline float largest(const float* x, int64_t n) {
   float most = 0.0f, bad = 0.0f;
@@ -87,34 +92,39 @@ inline bool sketch_query(const float* q, int64_t group, int64_t head_size, float
     }
     s.factor[g] = most / 127.0f * scale;
     s.shift[g] = sum * static_cast<int32_t>(kMiddle);
+    // No product with a sketch overflows: 127 times 15 for each dimension.
+    if (!(s.factor[g] * static_cast<float>(127 * 15 * head_size) < kInf)) return false;
   }
   return true;
 }
 
-// products[g][r] of kGroup heads with 16 rows.
+// Products of kGroup heads with 16 rows, lane by lane.
+typedef IVec SketchProducts[kSketchRows / kLanes];
+typedef int32_t FourBytes __attribute__((may_alias));
+
 template <int kGroup>
 inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t head_size,
-                            int32_t products[kGroup][kSketchRows]) {
+                            SketchProducts* products) {
 #if defined(__AVX512VNNI__)
-  __m512i low_sum[kGroup] = {}, high_sum[kGroup] = {};
-  const __m512i mask = _mm512_set1_epi8(15);
+  __m512i low_sum[kGroup] = {}, high_sum[kGroup] = {};  // the upper halves count sixteenfold
+  const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
   for (int64_t d = 0; d < head_size; d += 8, numbers += 64) {
     const __m512i x = _mm512_loadu_si512(numbers);
-    const __m512i low = _mm512_and_si512(x, mask);
-    const __m512i high = _mm512_and_si512(_mm512_srli_epi16(x, 4), mask);
+    const __m512i low = _mm512_and_si512(x, lower), high = _mm512_and_si512(x, upper);
 #pragma GCC unroll 4
     for (int g = 0; g < kGroup; ++g) {
-      int32_t four[2];
-      std::memcpy(four, q + g * head_size + d, sizeof(four));
+      // Read as four bytes each, not eight at once: from memory they are broadcast for nothing.
+      const FourBytes* four = reinterpret_cast<const FourBytes*>(q + g * head_size + d);
       low_sum[g] = _mm512_dpbusd_epi32(low_sum[g], low, _mm512_set1_epi32(four[0]));
       high_sum[g] = _mm512_dpbusd_epi32(high_sum[g], high, _mm512_set1_epi32(four[1]));
     }
   }
+#pragma GCC unroll 4
   for (int g = 0; g < kGroup; ++g) {
-    _mm512_storeu_si512(products[g], _mm512_add_epi32(low_sum[g], high_sum[g]));
+    products[g][0] = (IVec)_mm512_add_epi32(low_sum[g], _mm512_srai_epi32(high_sum[g], 4));
   }
 #else
-  std::memset(products, 0, sizeof(int32_t) * kGroup * kSketchRows);
+  int32_t sums[kGroup][kSketchRows] = {};
   for (int64_t d = 0; d < head_size; d += 8, numbers += 64) {
     for (int g = 0; g < kGroup; ++g) {
       const int8_t* y = q + g * head_size + d;
@@ -124,10 +134,11 @@ inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t hea
           const uint8_t x = numbers[r * 4 + i];
           sum += (x & 15) * y[i] + (x >> 4) * y[4 + i];
         }
-        products[g][r] += sum;
+        sums[g][r] += sum;
       }
     }
   }
+  std::memcpy(products, sums, sizeof(sums));
 #endif
 }
 
