@@ -191,7 +191,7 @@ def configure(model: str, **settings) -> None:
         ({"coverge": 0.9}, 'did you mean "coverage"?'),
         ({"coverage": 2}, "allowed is a number from 0"),
         ({"dense_layers": [4]}, "the model has the layers 0 to 3"),
-        ({"decode": "lsh"}, "comes with sampled decode in the server"),
+        ({"decode": "hash"}, 'allowed is "dense", "exact", "lsh"'),
         ({"resident_layers": [7], "decode": "exact"}, "the model has the layers 0 to 3"),
         ({"softmax": "unified"}, "vllm-sparse calibrate MODEL -o FILE"),
         ({"patterns": "/no/such/file.json"}, "cannot be read"),
