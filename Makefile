@@ -19,7 +19,7 @@ BUILT := setup.py pyproject.toml vllm_sparse/__init__.py $(wildcard kernels/csrc
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: setup test sanitize demo lint format check bench clean
+.PHONY: setup test sanitize soak demo lint format check bench clean
 
 setup: $(STAMPS)/checked $(CHECKPOINT)/config.json
 
@@ -29,6 +29,10 @@ test: setup
 # The tests of the native kernels under the address and undefined-behaviour sanitizers.
 sanitize: $(STAMPS)/package
 	$(BIN)/python tools/sanitize.py $(ARGS)
+
+# Half an hour of random load, cancellations and killed actors on a server: `make soak ARGS="--minutes 5"`.
+soak: $(STAMPS)/package
+	$(BIN)/python tools/soak.py $(ARGS)
 
 demo: setup
 	$(BIN)/python examples/demo.py $(ARGS)

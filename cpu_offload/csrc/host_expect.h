@@ -1,7 +1,7 @@
 // What each row is expected to weigh, by the sketch of its key.
 #pragma once
 
-#include "decode_split.h"
+#include "chunk.h"
 #include "host_select.h"
 #include "sketch.h"
 #include "vec_math.h"
@@ -50,20 +50,19 @@ class SketchFeed {
     for (int64_t row = r.base; row < r.base + ahead_; row += kStep) step(row);
   }
 
-  // To be called with each step of rows. Always inline: GCC 12 takes a function of nothing but
-  // prefetches for one without effect, and leaves calls of it out.
-  __attribute__((always_inline)) void ahead(int64_t row) const { step(row + ahead_); }
+  // To be called with each step of rows.
+  void ahead(int64_t row) const { step(row + ahead_); }
 
  private:
   static constexpr int64_t kAheadBytes = 12288;
 
-  __attribute__((always_inline)) void step(int64_t row) const {
+  void step(int64_t row) const {
     if (row >= end_) return;
     const int64_t within = row & ((int64_t{1} << h_.shift) - 1);
     const Sketch s(h_, item_.layer, pages_[row >> h_.shift], item_.kv_head);
     const char* from = reinterpret_cast<const char*>(s.centre);
     const int64_t begin = bytes_ * within >> h_.shift, end = bytes_ * (within + kStep) >> h_.shift;
-    for (int64_t i = begin / 64 * 64; i < end; i += 64) __builtin_prefetch(from + i, 0, 2);
+    fetch_lines(from + begin / 64 * 64, end - begin / 64 * 64);
   }
 
   const Host& h_;

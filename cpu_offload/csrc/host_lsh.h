@@ -7,6 +7,8 @@
 namespace vllm_sparse {
 namespace {
 
+constexpr int64_t kChosenAhead = 16;  // keys of chosen rows that are fetched ahead
+
 // Scratch of LSH: [D], [columns], [tables], [rows of a page], [count of the range].
 struct HashScratch {
   float* direction;
@@ -41,7 +43,7 @@ inline void count_hits(const uint8_t* codes, const uint8_t* next, const uint16_t
         std::memcpy(&x, from + j * sizeof(x), sizeof(x));
         sum[j] -= (Bytes)(x == code);
       }
-      for (int j = 0; j < kAtOnce; j += 64) __builtin_prefetch(next + t * page_rows + i + j, 0, 2);
+      fetch_lines(next + t * page_rows + i, kAtOnce);
     }
     std::memcpy(hits + i, sum, sizeof(sum));
   }
@@ -115,14 +117,15 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
     return reinterpret_cast<const T*>(view.rows +
                                       row_offset(view, chosen->rows[n], view.row_bytes));
   };
-  for (int64_t n = 0; n < kKeysAhead && n < chosen->count; ++n) prefetch_row(key(n), h.head_size);
+  const auto fetch = [&](int64_t n) {
+    if (n < chosen->count) fetch_lines(key(n), h.head_size * sizeof(T));
+  };
+  for (int64_t n = 0; n < kChosenAhead; ++n) fetch(n);
   for (int64_t first = 0; first < chosen->count; first += kBlock) {
     const int64_t left = chosen->count - first, count = left < kBlock ? left : kBlock;
     float drawn[kBlock] = {}, hit[kBlock] = {};
     for (int64_t n = 0; n < count; ++n) {
-      if (first + n + kKeysAhead < chosen->count) {
-        prefetch_row(key(first + n + kKeysAhead), h.head_size);
-      }
+      fetch(first + n + kChosenAhead);
       const int64_t row = chosen->rows[first + n];
       drawn[n] = weights[row - r.base] * c;
       const Sketch sketch(h, item.layer, pages[row >> h.shift], item.kv_head);

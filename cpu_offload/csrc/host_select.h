@@ -97,28 +97,46 @@ inline float share_out(const Weights& w, float most) {
   return c;
 }
 
+// Bits of the rows of a step, x [kStep], for which test(numbers) holds.
+template <class Test>
+inline uint32_t rows_of_step(const float* x, const Test& test) {
+  uint32_t bits = 0;
+  for (int j = 0; j < kStep; j += kLanes) bits |= lanes_of(test(load(x + j))) << j;
+  return bits;
+}
+
 // Every row with probability min(1, c * w), by one number 0 < u <= 1 for all: as many as expected,
 // up to one. Weights are of rows first, first + 1, ... Enters probabilities.
 inline void choose(const Weights& w, float c, float u, int64_t first, int64_t most,
                    Chosen* chosen) {
-  double sum = 0.0, next = u;
+  double sum = 0.0, next = u;  // a row is chosen where the sum of the chances reaches the next
   for (int64_t s = 0; s < w.count / kStep; ++s) {
     const double all = w.sums[s] * c;
     if (w.tops[s] * c < 1.0f && sum + all < next) {
       sum += all;
       continue;
     }
-    const float* each = w.each + s * kStep;
-    for (int j = 0; j < kStep && chosen->count < most; ++j) {
-      const float x = each[j] * c;
-      if (x >= 1.0f) {
-        chosen->enter(first + s * kStep + j, 1.0f);
-      } else {
-        sum += x;
-        if (sum < next || !(x > 0.0f)) continue;
-        chosen->enter(first + s * kStep + j, x);
-        next += 1.0;
-      }
+    alignas(64) float chance[kStep], drawn[kStep], sums[kStep];
+    for (int j = 0; j < kStep; j += kLanes) {
+      const Vec x = load(w.each + s * kStep + j) * c;
+      store(chance + j, x < 1.0f ? x : splat(1.0f));
+      store(drawn + j, select(x < 1.0f, x, Vec{}));
+    }
+    running_sums(drawn, sums);
+    uint32_t chosen_here = rows_of_step(chance, [](Vec x) { return x >= 1.0f; });
+    uint32_t left = rows_of_step(drawn, [](Vec x) { return x > 0.0f; });
+    while (left != 0) {
+      const Vec need = splat(static_cast<float>(next - sum));
+      left &= rows_of_step(sums, [&](Vec x) { return x >= need; });
+      if (left == 0) break;
+      chosen_here |= left & -left;
+      left &= left - 1;
+      next += 1.0;
+    }
+    sum += sums[kStep - 1];
+    for (; chosen_here != 0 && chosen->count < most; chosen_here &= chosen_here - 1) {
+      const int j = __builtin_ctz(chosen_here);
+      chosen->enter(first + s * kStep + j, chance[j]);
     }
   }
 }

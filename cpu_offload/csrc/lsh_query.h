@@ -8,7 +8,7 @@ namespace vllm_sparse {
 namespace {
 
 constexpr int kTablesAhead = 4;  // tables whose buckets are fetched ahead
-constexpr int kKeysAhead = 8;
+constexpr int kRowsAhead = 16;
 
 struct LshScratch {
   float* direction;   // [D], unit length, or zeros
@@ -170,7 +170,8 @@ void lsh_query(const Lsh& a, LshItem& item, float* scratch) {
     const float* centre = segment.centre + item.kv_head * a.head_size;
     const int64_t found = item.count < item.capacity ? item.count : item.capacity;
     for (int64_t i = done; i < found; ++i) {
-      if (i + kKeysAhead < found) prefetch_row(key(i + kKeysAhead), a.head_size);
+      // Values too: they are read next.
+      if (i + kRowsAhead < found) fetch_lines(key(i + kRowsAhead), view.row_bytes);
       float scale = 1.0f;
       if (std::is_same<T, Int8>::value) scale = row_scales(view, item.rows[i])[0];
       const Inclusion found_at = inclusion(a, key(i), centre, scale, s.direction);

@@ -102,6 +102,26 @@ inline bool sketch_query(const float* q, int64_t group, int64_t head_size, float
 typedef IVec SketchProducts[kSketchRows / kLanes];
 typedef int32_t FourBytes __attribute__((may_alias));
 
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+typedef int16_t Shorts __attribute__((vector_size(sizeof(IVec)), may_alias));
+
+// Sums of the products of pairs of bytes, x not signed, y signed; and of pairs of shorts.
+inline Shorts multiply_bytes(IVec x, int32_t four) {
+#if defined(__AVX512BW__)
+  return (Shorts)_mm512_maddubs_epi16((__m512i)x, _mm512_set1_epi32(four));
+#else
+  return (Shorts)_mm256_maddubs_epi16((__m256i)x, _mm256_set1_epi32(four));
+#endif
+}
+inline IVec sum_pairs(Shorts x) {
+#if defined(__AVX512BW__)
+  return (IVec)_mm512_madd_epi16((__m512i)x, _mm512_set1_epi16(1));
+#else
+  return (IVec)_mm256_madd_epi16((__m256i)x, _mm256_set1_epi16(1));
+#endif
+}
+#endif
+
 template <int kGroup>
 inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t head_size,
                             SketchProducts* products) {
@@ -122,6 +142,30 @@ inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t hea
 #pragma GCC unroll 4
   for (int g = 0; g < kGroup; ++g) {
     products[g][0] = (IVec)_mm512_add_epi32(low_sum[g], _mm512_srai_epi32(high_sum[g], 4));
+  }
+#elif defined(__AVX2__)
+  constexpr int64_t kBrief = 32;  // dimensions whose sums fit 16 bits: 8 times 2 x 15 x 127
+  for (int v = 0; v < kSketchRows / kLanes; ++v) {
+    const uint8_t* from = numbers + v * sizeof(IVec);
+    IVec all[kGroup] = {};
+    for (int64_t first = 0; first < head_size; first += kBrief) {
+      const int64_t end = head_size - first < kBrief ? head_size : first + kBrief;
+      Shorts brief[kGroup] = {};
+      for (int64_t d = first; d < end; d += 8, from += 64) {
+        IVec x;
+        std::memcpy(&x, from, sizeof(x));
+        const IVec low = x & 0x0f0f0f0f, high = x >> 4 & 0x0f0f0f0f;
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; ++g) {
+          const FourBytes* four = reinterpret_cast<const FourBytes*>(q + g * head_size + d);
+          brief[g] += multiply_bytes(low, four[0]) + multiply_bytes(high, four[1]);
+        }
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) all[g] += sum_pairs(brief[g]);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) products[g][v] = all[g];
   }
 #else
   int32_t sums[kGroup][kSketchRows] = {};

@@ -19,6 +19,39 @@ inline bool any(IVec mask) {
 #endif
 }
 
+// A bit for each lane of a mask.
+inline uint32_t lanes_of(IVec mask) {
+#if defined(__AVX512DQ__)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask));
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint32_t>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// sums[i] = x[0] + .. + x[i], of 16 numbers.
+inline void running_sums(const float* x, float* sums) {
+#if VLLM_SPARSE_LANES == 16
+  const Vec zero = {};
+  Vec v = load(x);
+  v += __builtin_shufflevector(zero, v, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
+                               30);
+  v += __builtin_shufflevector(zero, v, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28,
+                               29);
+  v += __builtin_shufflevector(zero, v, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26,
+                               27);
+  v += __builtin_shufflevector(zero, v, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22,
+                               23);
+  store(sums, v);
+#else
+  float sum = 0.0f;
+  for (int i = 0; i < 16; ++i) sums[i] = sum += x[i];
+#endif
+}
+
 // 2^x for x <= 0, to 1e-4 of it and no less than 2^-126: for what only decides which rows are read.
 // Half the instructions of exp.
 inline Vec exp2_rough(Vec x) {

@@ -227,16 +227,18 @@ def test_many_requests_come_and_go_without_growth():
         ask(pool, 0, q, [slot], [0], [1000])
         pool.close_request(slot)
 
-    def resident() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def own_kib() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
 
     for n in range(100):
         round_trip(n)
-    before, descriptors = resident(), len(os.listdir("/proc/self/fd"))
+    before, descriptors = own_kib(), len(os.listdir("/proc/self/fd"))
     for n in range(400):
         round_trip(n)
-    assert resident() - before < 8 << 20
+    # The address sanitizer keeps what was freed for a while, 256 MiB of it.
+    if "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        assert own_kib() - before < 8 << 10
     assert len(os.listdir("/proc/self/fd")) == descriptors
     assert pool.capacity().free_pages == pool.capacity().pages
     pool.shutdown()
