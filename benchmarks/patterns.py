@@ -34,10 +34,16 @@ class Totals:
     wrong: float = 0.0  # squared differences from exact outputs
     norm: float = 0.0
     read: float = 0.0  # blocks
+    last_wrong: float = 0.0  # the same of the last 64 rows, where the question stands
+    last_norm: float = 0.0
 
     @property
     def error(self) -> float:
         return (self.wrong / self.norm) ** 0.5
+
+    @property
+    def last_error(self) -> float:
+        return (self.last_wrong / self.last_norm) ** 0.5
 
 
 def attention_rows(file: Path, length: int, repeats: int) -> list[Row]:
@@ -66,6 +72,7 @@ def attention_rows(file: Path, length: int, repeats: int) -> list[Row]:
         case = {
             "tokens": length, "prompt": name, "dtype": "float32", "repeats": repeats,
             "read": round(file_.read / adaptive.read, 3), "error_adaptive": adaptive.error,
+            "last_error": file_.last_error, "last_error_adaptive": adaptive.last_error,
         }  # fmt: skip
         rows.append(
             Row.time(
@@ -80,6 +87,7 @@ def compare(totals: dict[str, Totals], patterns: Any, repeats: int, inputs: Any)
     """Adds one layer to both totals; the shortest of a few times, in turns."""
     import torch
 
+    from vllm_sparse.kernels.block_indices import TILE
     from vllm_sparse.search.candidates import DEFAULT
     from vllm_sparse.search.evaluate import Layer
 
@@ -99,6 +107,8 @@ def compare(totals: dict[str, Totals], patterns: Any, repeats: int, inputs: Any)
                 total.wrong += float(difference.square().sum(dtype=torch.float64))
                 total.norm += float(layer.norm.sum())
                 total.read += float(blocks.sum() + columns.sum() / 64)
+                total.last_wrong += float(difference[-TILE:].square().sum(dtype=torch.float64))
+                total.last_norm += float(layer.truth[-TILE:].square().sum(dtype=torch.float64))
     for key, measured in times.items():
         totals[key].seconds += min(measured)
 

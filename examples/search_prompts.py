@@ -2,13 +2,15 @@
 
     python examples/search_prompts.py FOLDER [--length 16384]
     vllm-sparse search checkpoints/lean -o patterns.json \
-        --prompt FOLDER/two-hop.txt --prompt FOLDER/counting.txt
+        --prompt FOLDER/recall.txt --prompt FOLDER/two-hop.txt --prompt FOLDER/counting.txt
     vllm-sparse needle checkpoints/lean --patterns patterns.json --haystack FOLDER/haystack.txt \
         --needle "remember alpaca {answer} ." --answers amber,cobalt,violin,garnet \
         --question "$(cat FOLDER/question.txt)"
 
-A search sees only what its prompts make a head do: here retrieval in two hops, asked at the end,
-and a text that asks again and again for the most frequent symbol so far.
+A search sees only what its prompts make a head do, so each asks eight times, the last time at its
+end: for words behind a key, for such words in two hops, and for the most frequent symbol so far.
+One question each would be a sample of one: a head's count that happens to reach its needle is
+taken for enough.
 """
 
 from __future__ import annotations
@@ -16,18 +18,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from retrieval.prompts import averaging_prompt, haystack_ids, two_hop_prompt
+from retrieval.prompts import averaging_prompt, haystack_ids, quiz_prompt
 from retrieval.vocabulary import COUNT, COUNT_TEMPLATE, RECALL, RECALL_TEMPLATE, VOCABULARY
 
-COUNTINGS = 8
+QUESTIONS = 8
 RATE = 0.2  # share of symbols among the words
 TIMES = 3  # in a row: 66 words, which fill a tile of queries
 
 
 def prompts(length: int, seed: int = 0) -> dict[str, str]:
     """Text of each prompt by name, of `length` tokens with the one that the tokenizer adds."""
-    each = (length - 1) // COUNTINGS
-    sizes = [each + 1] * (COUNTINGS - 1) + [length - each * (COUNTINGS - 1)]
+    each = (length - 1) // QUESTIONS
+    sizes = [each + 1] * (QUESTIONS - 1) + [length - each * (QUESTIONS - 1)]
     question = " ".join([COUNT, *COUNT_TEMPLATE])
     more = (TIMES - 1) * len(question.split())
     counting = [
@@ -36,7 +38,8 @@ def prompts(length: int, seed: int = 0) -> dict[str, str]:
         for i, size in enumerate(sizes)
     ]
     return {
-        "two-hop": two_hop_prompt(length, seed=seed, distractors=2).prompt,
+        "recall": quiz_prompt(length, seed, questions=QUESTIONS).prompt,
+        "two-hop": quiz_prompt(length, seed, hops=2, questions=QUESTIONS).prompt,
         "counting": " ".join(counting),
     }
 

@@ -95,6 +95,41 @@ def two_hop_prompt(
     )  # fmt: skip
 
 
+def quiz_prompt(length: int, seed: int = 0, *, hops: int = 1, questions: int = 8) -> Question:
+    """A text that asks again and again, the last time at its end; each question has its own needle.
+
+    The questions stand at equal distances, each about a needle (for two `hops` a chain of two)
+    somewhere before it. The answer is that of the last one.
+    """
+    if hops not in (1, 2):
+        raise ValueError(f"hops={hops}: 1 or 2")
+    rng = np.random.default_rng([seed, 6])
+    keys = _pick(rng, KEYS, questions)
+    drawn = _pick(rng, VALUES, hops * questions)
+    values = [drawn[hops * i : hops * (i + 1)] for i in range(questions)]
+    inserts, depths = [], []
+    for i, (key, words) in enumerate(zip(keys, values, strict=True)):
+        asked = (i + 1) / questions
+        if hops == 1:
+            needles = [[NOTE, key, words[0], STOP]]
+        else:
+            needles = [[NOTE, key, words[0]], [NOTE, *words, STOP]]
+        inserts += needles
+        depths += list(0.9 * asked * rng.random(len(needles)))
+        if asked < 1:
+            inserts.append(_asks(key, hops))
+            depths.append(asked)
+    return _assemble(
+        "quiz", length, rng, inserts, depths, _asks(keys[-1], hops),
+        answer=[values[-1][-1], STOP],
+        evidence=[(len(inserts) - hops + i, 2) for i in range(hops)],
+    )  # fmt: skip
+
+
+def _asks(key: str, hops: int) -> list[str]:
+    return [RECALL, key, *RECALL_TEMPLATE] if hops == 1 else [FOLLOW, key, *FOLLOW_TEMPLATE]
+
+
 def averaging_prompt(
     length: int,
     seed: int = 0,

@@ -34,16 +34,26 @@ def test_all_keys_are_no_error_and_a_window_is_one_where_it_misses_something():
     done = []
     scores = evaluate(inputs(), patterns, done.append)
     assert sum(done) == 3
-    narrow, wide, dense = scores.error
+    narrow, wide, dense = scores.whole[0]
     assert narrow[0] < 1e-3 and narrow[2] < 1e-3 and min(narrow[1], narrow[3]) > 0.2
     assert (wide < 1e-5).all() and (dense == 0).all()
-    assert (scores.worst >= scores.error - 1e-12).all()
+    assert (scores.worst >= scores.whole - 1e-12).all()
     assert (scores.blocks[1] == causal_blocks(1000)).all()
     assert (scores.blocks[2] == causal_blocks(1000)).all()
     assert (scores.blocks[0] < scores.blocks[1]).all() and (scores.columns == 0).all()
     joined = scores.joined(scores)
-    np.testing.assert_array_equal(joined.error, scores.error)
+    np.testing.assert_array_equal(joined.whole, np.concatenate([scores.whole] * 2))
     np.testing.assert_array_equal(joined.blocks, 2 * scores.blocks)
+    np.testing.assert_array_equal(joined.shares[1], scores.shares[0])
+
+
+def test_shares_sum_up_to_the_layers_error():
+    found = inputs()
+    scores = evaluate(found, [HeadPattern(kind="a_shape", sink=64, window=64)])
+    layer = Layer(found)
+    out = layer.attend([HeadPattern(kind="a_shape", sink=64, window=64)] * 4)[0]
+    wrong = (out - layer.truth).square().sum() / layer.truth.square().sum()
+    assert scores.shares.sum() == pytest.approx(float(wrong), rel=1e-4)
 
 
 def test_chunks_give_what_one_piece_gives():

@@ -60,12 +60,19 @@ def test_texts_that_cannot_be_used(tmp_path, content, message):
 def test_the_retrieval_models_samples_are_of_the_length_and_ask():
     texts = search_prompts.prompts(3000)
     assert {name: len(text.split()) for name, text in texts.items()} == {
-        "two-hop": 2999, "counting": 2999,
+        "recall": 2999, "two-hop": 2999, "counting": 2999,
     }  # fmt: skip
-    assert texts["counting"].split().count("count") == (
-        search_prompts.COUNTINGS * search_prompts.TIMES
-    )
-    assert "follow" in texts["two-hop"].split()[-30:]
+    words = {name: text.split() for name, text in texts.items()}
+    asked = search_prompts.QUESTIONS
+    assert words["counting"].count("count") == asked * search_prompts.TIMES
+    for name, verb in (("recall", "recall"), ("two-hop", "follow")):
+        places = [i for i, word in enumerate(words[name]) if word == verb]
+        keys = [words[name][i + 1] for i in places]
+        assert len(set(keys)) == asked and verb in words[name][-30:]
+        # What is asked for stands before the question.
+        for place, key in zip(places, keys, strict=True):
+            assert words[name][words[name].index(key) - 1] == "remember"
+            assert words[name].index(key) < place
 
 
 def test_the_example_file_is_of_the_lean_model():

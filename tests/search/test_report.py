@@ -23,8 +23,8 @@ def result(heads: int = 4, **changes) -> Result:
     for i, p in enumerate(candidates(1024)):
         share = 1.0 if p == DENSE else 0.1 + i / 60
         error = 0.0 if p == DENSE else 0.001 * i
-        found.append(Candidate(p, error, 2 * error, error, share, share, share))
-    choice = choose(found, Goal(), DEFAULT)
+        found.append(Candidate(p, error, 2 * error, error, share, share, share, (error**2,)))
+    (choice,) = choose([found], Goal(), DEFAULT)
     return Result(
         **{
             "file": PatternFile(
@@ -66,6 +66,7 @@ def test_it_says_what_was_found(tmp_path: Path):
     text = path.read_text()
     assert "last 512 tokens only" in text and "Was not seen" in text
     assert "1.25 s" in text and "2.000%" in text
+    assert text.count("All heads together: error") == 2
     assert text.count("<svg") == 2 and text.count("<details") == 2
     without = result(check=None, choices={}, windows={})
     write_report(without, path)

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from html import escape
 
 from vllm_sparse.files import write_whole
+from vllm_sparse.search.allot import MARGIN
 from vllm_sparse.search.candidates import DEFAULT, ORDER, budget
-from vllm_sparse.search.choose import TIE, WORST, WORTH, Choice
+from vllm_sparse.search.choose import TIE, WORTH, Choice
 from vllm_sparse.search.run import Result
 
 from .svg import BLUE, GREEN, KIND_COLOURS, RED, Cell, Row, heat_map, log_share, shade
@@ -63,7 +64,8 @@ def write_report(result: Result, path: str | os.PathLike[str]) -> None:
     for layer in range(model.layers):
         body.append(f"<h3>Layer {layer}</h3>")
         if layer in result.choices:
-            body += [_map(layer, result.choices[layer]), _details(result, result.choices[layer])]
+            choices = result.choices[layer]
+            body += [_map(layer, choices), _layer_error(choices), _details(choices)]
         elif layer in result.windows:
             body.append(
                 f'<p class="muted">Looks at the last {result.windows[layer]} tokens only: vLLM\'s '
@@ -167,21 +169,37 @@ def _map(layer: int, choices: Sequence[Choice]) -> str:
     return heat_map(rows, f"Layer {layer}: pattern, density, time and error of each head")
 
 
-def _details(result: Result, choices: Sequence[Choice]) -> str:
+def _layer_error(choices: Sequence[Choice]) -> str:
+    """What the layer hands on: all its heads together, in the prompt where that is worst."""
+    defaults = [c.default for c in choices if c.default]
+    if len(defaults) < len(choices) or not all(c.chosen.shares for c in choices):
+        return ""
+    ours, theirs = (
+        max(sum(shares) for shares in zip(*(c.shares for c in found), strict=True)) ** 0.5
+        for found in ([c.chosen for c in choices], defaults)
+    )
+    seconds = sum(c.chosen.seconds for c in choices) / sum(d.seconds for d in defaults)
+    return (
+        f'<p class="muted">All heads together: error {ours:.2%}, {theirs:.2%} with the adaptive '
+        f"default; {seconds:.0%} of its time by the cost model.</p>"
+    )
+
+
+def _details(choices: Sequence[Choice]) -> str:
     head = "".join(f"<th class=l>{KIND_NAMES[k]}" for k in ORDER[:-1])
     lines = [
         "<details><summary>What competed in each head</summary><div class=scroll><table>"
         f"<tr><th>head<th class=l>chosen{head}<th class=l>ties</tr>"
     ]
     for number, choice in enumerate(choices):
-        best = {b.pattern.kind: b for b in choice.best}
+        best = {b.pattern.kind: i for i, b in enumerate(choice.best)}
         cells = []
         for kind in ORDER[:-1]:
-            b = best.get(kind)
-            if b is None:
+            if kind not in best:
                 cells.append("<td class=l>-")
                 continue
-            style = "" if result.goal.meets(b) else " out"
+            b = choice.best[best[kind]]
+            style = "" if choice.within[best[kind]] else " out"
             cells.append(
                 f'<td class="l{style}">{escape(budget(b.pattern))}<br>'
                 f"{b.time:.1%}, {b.error:.2%} / {b.last:.2%} / {b.worst:.1%}"
@@ -231,8 +249,19 @@ def _explanation(result: Result) -> list[str]:
         "<h2>What an error is</h2>",
         "<p>The root of the summed squared differences between a head's output and that of dense "
         "attention, relative to the latter, over all rows of a prompt; the largest over the "
-        "prompts. The bound holds for the last 64 rows alone too, where a question stands, and any "
-        f"other 64 may be {WORST:g} times as wrong: they are a few rows of a long prompt, and over "
-        "all rows an error in them would not be seen. Where no pattern is within the bound, or "
-        f"none that takes less than {WORTH:.0%} of dense, the head is dense.</p>",
+        "prompts. The last 64 rows, where a question stands, and the worst other 64 are bounded "
+        "apart: they are a few rows of a long prompt, and over all rows an error in them would not "
+        f"be seen. What takes {WORTH:.0%} of dense or more is not worth an error.</p>",
+        *_by_layer(result),
+    ]
+
+
+def _by_layer(result: Result) -> list[str]:
+    if not result.goal.by_layer:
+        return []
+    return [
+        "<p>The heads of a layer share out what the adaptive default is wrong by in it: together "
+        f"they may make {MARGIN:.0%} of its error in each prompt, and among the patterns that keep "
+        "to that, the cheapest are taken. So a head that contributes little may be cruder than one "
+        "that contributes much, and a head in which nothing beats the default keeps it.</p>"
     ]

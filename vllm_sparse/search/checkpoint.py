@@ -17,7 +17,7 @@ from vllm_sparse.patterns import shown
 from .cost import Costs
 from .evaluate import Scores
 
-FIELDS = ("error", "worst", "last", "blocks", "columns")
+FIELDS = ("whole", "worst", "last", "norm", "blocks", "columns")
 
 
 class ResumeError(UserError, ValueError):

@@ -53,7 +53,10 @@ def search(
     ] = 2,
     error: Annotated[
         float | None,
-        typer.Option(help="Take the cheapest pattern with at most this output error  [0.03]"),
+        typer.Option(
+            help="In each head the cheapest pattern with at most this output error  [in each "
+            "layer as right as the default]"
+        ),
     ] = None,
     budget: Annotated[
         float | None,
@@ -88,7 +91,7 @@ def search(
         from vllm_sparse.search.run import Options
         from vllm_sparse.search.run import search as run_search
 
-        goal = Goal() if error is None and budget is None else Goal(error, budget)
+        goal = Goal(error, budget)
         if not out.absolute().parent.is_dir():
             raise UserError(f"{out}: the folder {out.absolute().parent} does not exist")
         result = run_search(

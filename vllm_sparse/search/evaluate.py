@@ -19,29 +19,41 @@ from .cost import CHUNK, PAGE
 
 @dataclass(frozen=True)
 class Scores:
-    """Of C candidates in H heads of one layer, over one or several prompts; float64 [C, H].
+    """Of C candidates in H heads of one layer, over P prompts; float64.
 
-    error: relative to the exact output, over a whole prompt; the worst prompt's.
-    worst: the same over 64 rows: of the worst such tile of any prompt.
-    last: the same over the last 64 rows of a prompt, where questions stand.
-    blocks, columns: read, counted over the tiles of all prompts.
+    whole: [P, C, H], error relative to the exact output, over all rows of a prompt.
+    worst: [P, C, H], the same over 64 rows, of the worst such tile.
+    last: [P, C, H], the same over the last 64 rows, where questions stand.
+    norm: [P, H], sum of squares of the exact output.
+    blocks, columns: [C, H], read, counted over the tiles of all prompts.
     """
 
-    error: np.ndarray
+    whole: np.ndarray
     worst: np.ndarray
     last: np.ndarray
+    norm: np.ndarray
     blocks: np.ndarray
     columns: np.ndarray
 
     def joined(self, other: Scores) -> Scores:
         """These prompts and the other's."""
         return Scores(
-            np.maximum(self.error, other.error),
-            np.maximum(self.worst, other.worst),
-            np.maximum(self.last, other.last),
+            np.concatenate([self.whole, other.whole]),
+            np.concatenate([self.worst, other.worst]),
+            np.concatenate([self.last, other.last]),
+            np.concatenate([self.norm, other.norm]),
             self.blocks + other.blocks,
             self.columns + other.columns,
         )
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[P, C, H]: squared error as a share of the whole layer's sum of squares.
+
+        Summed over heads and rooted it is the layer's relative error.
+        """
+        total = np.maximum(self.norm.sum(1), 1e-30)
+        return self.whole**2 * (self.norm / total[:, None])[:, None]
 
 
 class Layer:
@@ -128,7 +140,11 @@ def evaluate(
             out, blocks, columns = layer.attend([pattern] * layer.heads)
             rows.append((*layer.errors(out), blocks, columns))
         progress(1)
-    return Scores(*(np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)))
+    whole, worst, last, blocks, columns = (
+        np.array(column, dtype=np.float64) for column in zip(*rows, strict=True)
+    )
+    norm = layer.norm.sum(0).numpy().astype(np.float64)
+    return Scores(whole[None], worst[None], last[None], norm[None], blocks, columns)
 
 
 def causal_blocks(length: int) -> float:

@@ -99,7 +99,7 @@ def search(options: Options) -> Result:
     lengths = [len(p.token_ids) for p in prompts]
     for layer, found in sorted(scores.items()):
         heads = layer_candidates(found, tried, costs, lengths)
-        choices[layer] = [choose(head, options.goal, DEFAULT) for head in heads]
+        choices[layer] = choose(heads, options.goal, DEFAULT)
     file = _pattern_file(options, info, prompts, costs, dtype, choices)
     check = _check(model, prompts[0], file) if options.verify and choices else None
     file.save(options.out)
