@@ -65,7 +65,7 @@ class WorkerSide:
             max_requests=scheduler.max_num_seqs,
             ranks=get_tensor_model_parallel_world_size(),
         )
-        shape = {
+        self.shape = {
             "heads": model.get_num_attention_heads(vllm_config.parallel_config),
             "kv_heads": spec.num_kv_heads,
             "head_size": spec.head_size,
@@ -74,16 +74,9 @@ class WorkerSide:
             "max_requests": 2 * scheduler.max_num_seqs,
             "max_tokens": model.max_model_len,
         }
-        pool = Pool(
-            layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
-            rows=config.rows, sampler_options=dict(config.sampler_options),
-            kind=pool_kind(config), actors=max(config.actors, 1), **shape,
-        )  # fmt: skip
-        mirror = None
-        if resident:
-            mirror = Pool(
-                layers=len(resident), host_bytes=pages * layouts[1].page_bytes, **shape
-            )  # fmt: skip
+        self.config, self.pages, self.layouts = config, pages, layouts
+        pool, *others = self.make_pools()
+        mirror = others[0] if others else None
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
         logger.info(
             "Host store: %.2f GiB for %d tokens of %d layers, decode %s by %s; the device keeps a "
@@ -97,15 +90,37 @@ class WorkerSide:
             config.window,
             f", and layers {sorted(resident)} whole" if resident else "",
         )
+        self.told = False  # the scheduler, that a store is lost
         self.kv_caches: dict = {}
         self.reported: dict[str, float] = {}
         _WORKER = self
+
+    def make_pools(self) -> list[Pool]:
+        """Empty stores: of the offloaded layers, and of the resident ones, if any."""
+        offloaded, *resident = self.layouts
+        config = self.config
+        pools = [
+            Pool(
+                layers=offloaded.layers, host_bytes=self.pages * offloaded.page_bytes,
+                sampler=config.decode, rows=config.rows,
+                sampler_options=dict(config.sampler_options), kind=pool_kind(config),
+                actors=max(config.actors, 1), **self.shape,
+            )
+        ]  # fmt: skip
+        for x in resident:
+            pools.append(Pool(layers=x.layers, host_bytes=self.pages * x.page_bytes, **self.shape))
+        return pools
 
     def register_kv_caches(self, kv_caches) -> None:
         self.kv_caches = kv_caches
 
     def begin(self, step: Step) -> None:
+        if step.renew:
+            self.host.renew(self.make_pools)
+            self.told = False
         self.host.begin(step)
+        if self.host.lost is not None:
+            return
         for start in step.started:
             if not start.rows:
                 continue
@@ -117,8 +132,11 @@ class WorkerSide:
     def end(self) -> None:
         self.host.check()
 
-    def take_acknowledged(self) -> dict[str, int]:
-        return self.host.end()
+    def take_acknowledged(self) -> tuple[dict[str, int], bool]:
+        """Rows that the host has by request, and whether the store was lost since the last call."""
+        lost = self.host.lost is not None and not self.told
+        self.told |= lost
+        return self.host.end(), lost
 
     def stats(self) -> OffloadStats:
         """What came since the last call."""
