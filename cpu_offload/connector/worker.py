@@ -8,6 +8,8 @@ from vllm_sparse import log
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
 
+from .. import numa
+from ..actors import granted, spare_cpus
 from ..kv_spec import OffloadWindowSpec
 from ..layout import Layout
 from ..mirror import HostKV
@@ -75,6 +77,9 @@ class WorkerSide:
             "max_tokens": model.max_model_len,
         }
         self.config, self.pages, self.layouts = config, pages, layouts
+        self.cpus = None  # of each actor
+        if config.actors == "numa":
+            self.cpus = numa.by_node(spare_cpus() or granted())
         pool, *others = self.make_pools()
         mirror = others[0] if others else None
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
@@ -85,7 +90,7 @@ class WorkerSide:
             pages * PAGE_ROWS,
             len(self.layers),
             config.decode,
-            readers(config),
+            readers(config, len(self.cpus) if self.cpus else config.actors),
             config.sink,
             config.window,
             f", and layers {sorted(resident)} whole" if resident else "",
@@ -98,13 +103,13 @@ class WorkerSide:
     def make_pools(self) -> list[Pool]:
         """Empty stores: of the offloaded layers, and of the resident ones, if any."""
         offloaded, *resident = self.layouts
-        config = self.config
+        config, cpus = self.config, self.cpus
         pools = [
             Pool(
                 layers=offloaded.layers, host_bytes=self.pages * offloaded.page_bytes,
                 sampler=config.decode, rows=config.rows,
                 sampler_options=dict(config.sampler_options), kind=pool_kind(config),
-                actors=max(config.actors, 1), **self.shape,
+                actors=len(cpus) if cpus else max(config.actors, 1), cpus=cpus, **self.shape,
             )
         ]  # fmt: skip
         for x in resident:
@@ -156,10 +161,10 @@ def pool_kind(config: SparseConfig) -> str:
     return "ray" if config.ray else "process"
 
 
-def readers(config: SparseConfig) -> str:
+def readers(config: SparseConfig, actors: int) -> str:
     """The same for people."""
-    if not config.actors:
+    if not actors:
         return "the worker"
     kind = "Ray actor" if config.ray else "process"
-    plural = "" if config.actors == 1 else "es" if kind == "process" else "s"
-    return f"{config.actors} {kind}{plural} and the worker"
+    plural = "" if actors == 1 else "es" if kind == "process" else "s"
+    return f"{actors} {kind}{plural} and the worker"
