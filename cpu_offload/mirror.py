@@ -109,7 +109,7 @@ class HostKV:
             ) from cause
         self.counters["regions_lost"] += 1
         logger.error(
-            "The host store is lost: %s. %d requests that had rows there are computed again.",
+            "The host store is lost: %s. Every request is computed again; rows there had %d.",
             cause, len(self.slots),
         )  # fmt: skip
 

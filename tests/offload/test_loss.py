@@ -115,8 +115,8 @@ def test_a_lost_store_is_said_once_and_renewed(caplog):
             host.check()
             assert host.end() == {}
     assert [r.getMessage() for r in caplog.records] == [
-        "The host store is lost: the head of the region was overwritten. 1 requests that had rows "
-        "there are computed again."
+        "The host store is lost: the head of the region was overwritten. Every request is computed "
+        "again; rows there had 1."
     ]
     before = host.pools
     host.renew(make_pools)
