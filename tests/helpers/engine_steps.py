@@ -40,12 +40,13 @@ class Steps:
 
 def run_steps(
     model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None,
-    kill_at: dict[int, str] | None = None, **engine,
+    kill_at: dict[int, str] | None = None, call_at: dict[int, list] | None = None, **engine,
 ) -> Steps:  # fmt: skip
     """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
 
     Steps are counted from 0 in each phase, which ends when all of its requests have. In the first
-    phase `kill_at` ends processes at a step, by SIGKILL: those with this text in their command.
+    phase `kill_at` ends processes at a step, by SIGKILL: those with this text in their command, and
+    `call_at` calls a method of the workers: [name, arguments].
     """
     arguments = {
         "model": model,
@@ -58,7 +59,9 @@ def run_steps(
         "disable_log_stats": False,
         **engine,
     }
-    job = json.dumps({"engine": arguments, "phases": phases, "kill_at": kill_at or {}})
+    job = json.dumps(
+        {"engine": arguments, "phases": phases, "kill_at": kill_at or {}, "call_at": call_at or {}}
+    )
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -90,7 +93,7 @@ def _serve(job: dict) -> dict:
     llm = LLM(**job["engine"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     phases = [
-        _phase(llm, scheduler, n, x, job["kill_at"] if n == 0 else {})
+        _phase(llm, scheduler, n, x, *([job["kill_at"], job["call_at"]] if n == 0 else [{}, {}]))
         for n, x in enumerate(job["phases"])
     ]
     stats = {
@@ -102,7 +105,10 @@ def _serve(job: dict) -> dict:
     return {"phases": phases, "blocks": blocks, "stats": stats}
 
 
-def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str]) -> dict:
+def _phase(
+    llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str],
+    call_at: dict[str, list],
+) -> dict:  # fmt: skip
     import psutil
     from vllm import SamplingParams
 
@@ -132,6 +138,9 @@ def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str,
             if kill_at[str(step)] in " ".join(process.cmdline()):
                 process.kill()
                 result["killed"].append(process.pid)
+        if str(step) in call_at:
+            method, *arguments = call_at[str(step)]
+            print(f"CALLED {method}: {llm.collective_rpc(method, args=arguments)}", flush=True)
         begin = time.perf_counter()
         outputs = engine.step()
         result["seconds"].append(time.perf_counter() - begin)
