@@ -135,7 +135,8 @@ def tokens_row(figure: str, ours: Phase, theirs: Phase, untrue: str | None, **ca
 
 
 def lengths_case(**more: Any) -> dict[str, Any]:
-    return {"requests": len(LENGTHS), "tokens": f"{LENGTHS[0]} to {LENGTHS[-1]}", **more}
+    tokens = f"{LENGTHS[0]} to {LENGTHS[-1]}"
+    return {"requests": len(LENGTHS), "tokens": tokens, "chunk": CHUNK, **more}
 
 
 def twice_rows(
