@@ -4,6 +4,7 @@ given steps, and the scheduler's own counters are read after each."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -173,4 +174,5 @@ def _phase(
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(TIMEOUT_S - 10)  # where it is, for whoever gives it up
     print("RESULT " + json.dumps(_serve(json.load(sys.stdin))), flush=True)
