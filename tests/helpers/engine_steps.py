@@ -67,9 +67,12 @@ def run_steps(
     }
     job = json.dumps(
         {
-            "engine": arguments, "phases": phases, "kill_at": kill_at or {},
-            "call_at": call_at or {}, "logprobs": logprobs,
-        }  # fmt: skip
+            "engine": arguments,
+            "phases": phases,
+            "kill_at": kill_at or {},
+            "call_at": call_at or {},
+            "logprobs": logprobs,
+        }
     )
     process = subprocess.Popen(
         [sys.executable, __file__],
@@ -103,9 +106,14 @@ def _serve(job: dict) -> dict:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     phases = [
         _phase(
-            llm, scheduler, n, x, job["kill_at"] if n == 0 else {},
-            job["call_at"] if n == 0 else {}, job["logprobs"],
-        )  # fmt: skip
+            llm,
+            scheduler,
+            n,
+            x,
+            job["kill_at"] if n == 0 else {},
+            job["call_at"] if n == 0 else {},
+            job["logprobs"],
+        )
         for n, x in enumerate(job["phases"])
     ]
     stats = {
