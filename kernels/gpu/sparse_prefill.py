@@ -23,6 +23,7 @@ def sparse_prefill(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    mean_correction: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`: same arguments, same meaning.
@@ -31,8 +32,14 @@ def sparse_prefill(
 
     Raises:
         ValueError: arguments that do not fit together, or that the kernel does not take: scale
-            must be positive, the keys' and values' strides the same, pages a multiple of 16.
+            must be positive, the keys' and values' strides the same, pages a multiple of 16; no
+            mean correction.
     """
+    if mean_correction:
+        raise ValueError(
+            "mean_correction: the GPU kernel does not have it; leave it out, or use "
+            "kernels.reference"
+        )
     out = check(q, k_cache, v_cache, out, indices, scale)
     for name, tensor in (
         ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -146,18 +147,24 @@ def oracle(
     return out, lse
 
 
-def assert_close(case: Case, indices: BlockIndices | None, got: tuple, logits: float = 0.0) -> None:
+def assert_close(
+    case: Case,
+    indices: BlockIndices | None,
+    got: tuple,
+    logits: float = 0.0,
+    meaning: Callable[..., tuple[torch.Tensor, torch.Tensor]] = oracle,
+) -> None:
     """|out - truth| <= 2 |torch in the same dtype - truth| + rounding, everywhere.
 
     Rounding: of the output in its dtype, and of fp32 sums of values in another order than torch's
     (an output is an average of values, so their largest times the fp32 epsilon is the unit).
     Where logits are huge, `logits` is their magnitude: fp32 knows them to that times its epsilon.
     lse is fp32 whatever the dtype: it is held to 2e-5 beside the same calibration, and to its own
-    last digit where logits are huge.
+    last digit where logits are huge. `meaning` is what the truth is, with oracle's signature.
     """
     out, lse = got
-    true_out, true_lse = oracle(case, indices)
-    torch_out, torch_lse = oracle(case, indices, case.q.dtype)
+    true_out, true_lse = meaning(case, indices)
+    torch_out, torch_lse = meaning(case, indices, case.q.dtype)
     rounding = torch.finfo(case.q.dtype).eps * _largest(true_out)
     largest = _largest(case.v_cache.float().nan_to_num())
     rounding += torch.finfo(torch.float32).eps * largest * (2 + logits)
