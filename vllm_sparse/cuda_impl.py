@@ -101,6 +101,11 @@ class SparseCudaImpl(TritonAttentionImpl):
                 f'{SECTION}["decode"] is {self.config.decode!r}: decode over host memory is for '
                 'CPU builds of vLLM in this version; leave it at "dense" on a GPU'
             )
+        if self.config.mean_correction:
+            raise ValueError(
+                f'{SECTION}["mean_correction"] is True: it is for CPU builds of vLLM in this '
+                "version; leave it out on a GPU"
+            )
         scheduler = vllm_config.scheduler_config
         self.chunk = scheduler.max_num_batched_tokens
         self.longest = vllm_config.model_config.max_model_len

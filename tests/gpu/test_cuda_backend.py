@@ -308,6 +308,11 @@ def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
     assert STATS.fallbacks["means_from_keys"] == before + 1
 
 
+def test_mean_correction_is_refused(llama, monkeypatch):
+    with pytest.raises(ValueError, match=r'"mean_correction"\] is True: it is for CPU builds'):
+        Layer(llama, monkeypatch, mean_correction=True)
+
+
 @pytest.mark.parametrize(
     "special, says",
     [
