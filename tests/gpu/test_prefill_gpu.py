@@ -219,9 +219,3 @@ def test_indices_of_other_heads_are_refused():
     indices = BlockIndices.everything([20], [50], num_heads=2)
     with pytest.raises(ValueError, match="made for 2 query heads"):
         sparse_prefill(*case.args, indices, scale=case.scale)
-
-
-def test_mean_correction_is_refused():
-    case = make_case([20], [50], dtype=ANY_DTYPE)
-    with pytest.raises(ValueError, match="mean_correction: the GPU kernel does not have it"):
-        sparse_prefill(*case.args, None, scale=case.scale, mean_correction=True)

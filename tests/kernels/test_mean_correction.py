@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_close, make_case, random_indices
+from cases import Case, assert_close, left_out_oracle, make_case, random_indices
 from test_prefill import DTYPES, available, everything
 
 from vllm_sparse.kernels import cpu, reference
@@ -23,59 +23,13 @@ def prefill(request):
     cpu.set_isa("")
 
 
-def oracle(
-    case: Case, indices: BlockIndices, dtype: torch.dtype = torch.float64
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention in which every key that is left out has been overwritten with its mean.
-
-    Written apart from `kernels.left_out`, which never makes such keys.
-    """
-    heads, page = case.q.shape[1], case.k_cache.shape[2]
-    group = heads // case.k_cache.shape[1]
-    out = torch.zeros(case.q.shape, dtype=dtype)
-    lse = torch.full(case.q.shape[:2], -torch.inf, dtype=torch.float64)
-    tile0 = 0
-    for s, query_len in enumerate(case.query_lens):
-        n, begin = int(case.seq_lens[s]), int(case.query_start_loc[s])
-        key = torch.arange(n)
-        pages = case.block_table[s][key // page].long()
-        for tile in range(num_tiles(query_len)):
-            rows = slice(begin + tile * TILE, begin + min((tile + 1) * TILE, query_len))
-            position = torch.arange(rows.start, rows.stop) - begin + n - query_len
-            for head in range(heads):
-                k = case.k_cache[pages, head // group, key % page].to(dtype)
-                v = case.v_cache[pages, head // group, key % page].to(dtype)
-                read = torch.zeros(n, dtype=torch.bool)
-                row = (tile0 + tile) * heads + head
-                for b in indices.blocks[slice(*indices.block_offsets[row : row + 2])].tolist():
-                    if b >= 0:
-                        read[b * BLOCK : (b + 1) * BLOCK] = True
-                for c in indices.columns[slice(*indices.column_offsets[row : row + 2])].tolist():
-                    if 0 <= c < n:
-                        read[c] = True
-                counts = read.clone()
-                for b in range(n // BLOCK):
-                    if (b + 1) * BLOCK - 1 <= position[0]:
-                        rest = key[(key // BLOCK == b) & ~read]
-                        k[rest], v[rest] = k[rest].mean(0), v[rest].mean(0)
-                        counts[rest] = True
-                scores = (case.q[rows, head].to(dtype) @ k.T) * case.scale
-                mask = counts & (key <= position[:, None])
-                scores = scores.masked_fill(~mask, -torch.inf)
-                some = mask.any(-1)
-                out[rows, head][some] = torch.softmax(scores[some], -1) @ v
-                lse[rows, head] = torch.logsumexp(scores.double(), -1)
-        tile0 += num_tiles(query_len)
-    return out, lse
-
-
 def run(prefill, case: Case, indices: BlockIndices | None, **more) -> tuple:
     out = torch.full_like(case.q, torch.nan)
     return prefill(*case.args, indices, scale=case.scale, mean_correction=True, out=out, **more)
 
 
 def check(prefill, case: Case, indices: BlockIndices) -> None:
-    assert_close(case, indices, run(prefill, case, indices), meaning=oracle)
+    assert_close(case, indices, run(prefill, case, indices), meaning=left_out_oracle)
 
 
 def sink_and_diagonal(case: Case) -> BlockIndices:
@@ -260,7 +214,7 @@ def test_sinks_take_part_beside_means(prefill):
     case = make_case([70], [500])
     indices, sinks = random_indices(case, 0.2), torch.tensor([0.0, 3.0, -3.0, 7.0])
     out, lse = run(prefill, case, indices, sinks=sinks)
-    want = reference.add_sink(*oracle(case, indices), sinks)
+    want = reference.add_sink(*left_out_oracle(case, indices), sinks)
     assert torch.allclose(out.double(), want[0], rtol=0, atol=2e-5)
     assert torch.allclose(lse.double(), want[1], rtol=0, atol=2e-5)
 
