@@ -221,6 +221,11 @@ def check_head_size(head_size: int) -> None:
         )
 
 
+def means_bytes(longest: int, kv_heads: int, head_size: int) -> int:
+    """Memory of the means of a sequence of `longest` keys."""
+    return 8 * head_size * kv_heads * (longest // BLOCK)
+
+
 def add_means(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -236,8 +241,8 @@ def add_means(
 ) -> None:
     """Merge the means of what the lists leave out into out [T, H, D] and lse [T, H], in place.
 
-    Takes 8 x D bytes for each KV head and block of the block table, a 1/32 of a 16-bit cache as
-    long as the table is wide.
+    Takes `means_bytes` for each sequence, of the keys that the block table has room for: 1/32 of
+    so many keys and values in 16 bits.
 
     Args:
         tile_offsets: int32 [S + 1], the first tile of each sequence.
