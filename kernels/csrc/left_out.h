@@ -44,7 +44,7 @@ class LeftOut {
         if (column < first || column > last_query_) continue;
         if (column >= first + kBlock) break;
         const int n = open.num_columns;
-        if (n == 0 || open.columns[n - 1] != column) open.columns[open.num_columns++] = column;
+        if (n == 0 || open.columns[n - 1] < column) open.columns[open.num_columns++] = column;
       }
       if (open.rest() == 0) continue;
       ++block_;
