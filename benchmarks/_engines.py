@@ -44,6 +44,14 @@ def ended_together() -> Iterator[list]:
 
 def import_examples() -> None:
     """Let `retrieval` be imported, which makes prompts."""
-    examples = str(ROOT / "examples")
-    if examples not in sys.path:
-        sys.path.insert(0, examples)
+    _import_from(ROOT / "examples")
+
+
+def import_test_helpers() -> None:
+    """Let what drives engines step by step be imported, and tiny random models."""
+    _import_from(ROOT / "tests" / "helpers")
+
+
+def _import_from(folder: Path) -> None:
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from . import numa
 from .worker import Server, Task
 
 logger = logging.getLogger("vllm_sparse.offload")
@@ -186,27 +187,22 @@ def spare_cpus() -> list[int]:
     """CPUs that the machine has and the calling thread is not bound to."""
     with contextlib.suppress(OSError):
         mine = os.sched_getaffinity(0)
-        return sorted(_granted() - mine)
+        return sorted(granted() - mine)
     return []
 
 
-def _granted() -> set[int]:
+def granted() -> set[int]:
     """CPUs that this container may use: what a fresh child process could be given."""
     with open("/proc/1/status") as file:
         for line in file:
             if line.startswith("Cpus_allowed_list:"):
-                return _parse(line.split(":")[1])
+                return numa.parse(line.split(":")[1])
     return set(range(os.cpu_count() or 1))
 
 
-def _parse(text: str) -> set[int]:
-    cpus: set[int] = set()
-    for part in text.strip().split(","):
-        first, _, last = part.partition("-")
-        cpus.update(range(int(first), int(last or first) + 1))
-    return cpus
-
-
 def tasks_for(task: Task, cpus: list[list[int]]) -> list[Task]:
-    """The same task for each actor, on its own CPUs."""
-    return [replace(task, actor=i, cpus=mine) for i, mine in enumerate(cpus)]
+    """The same task for each actor, on its own CPUs and the memory near them."""
+    return [
+        replace(task, actor=i, cpus=mine, memory=numa.memory_of(mine))
+        for i, mine in enumerate(cpus)
+    ]

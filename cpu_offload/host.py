@@ -14,6 +14,11 @@ from pathlib import Path
 SAMPLERS = {"exact": 0, "topk": 1, "vattention": 2, "lsh": 3}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
+
+class StoreLost(RuntimeError):
+    """What a host store holds cannot be relied on any more; only a new one helps."""
+
+
 _i64, _ptr, _float = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 

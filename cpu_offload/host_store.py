@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from . import hashing
-from .host import DTYPES, SAMPLERS, HostAppend, HostShape, library_file, load
+from .host import DTYPES, SAMPLERS, HostAppend, HostShape, StoreLost, library_file, load
 from .layout import Layout, aligned
 from .pages import Pages
 from .region import Region, check_room
@@ -18,6 +18,7 @@ from .ring import Ring
 from .sampling import Sampling
 from .store import StoreFull, allocate, quantise
 
+HEAD = b"vllm-sparse host store, 1".ljust(64, b"\0")  # what every region begins with
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -54,7 +55,7 @@ class HostStore:
         inclusion = torch.zeros(hashing.INCLUSION_STEPS + 1)
         if sampling.hash_tables:
             inclusion = hashing.log_inclusion_table(sampling.bits, sampling.tables)
-        at, places = 0, []
+        at, places = len(HEAD), []
         for nbytes in (4 * max_requests * max_pages, directions.nbytes, inclusion.nbytes):
             places.append(at)
             at = aligned(at + nbytes)
@@ -79,10 +80,12 @@ class HostStore:
         nbytes = at + layout.layers * layer_bytes
         self.region = Region(nbytes) if shared else _Private(nbytes)
         self._memory = _view(self.region.address, nbytes)
+        self._memory[: len(HEAD)] = torch.frombuffer(bytearray(HEAD), dtype=torch.uint8)
         self._memory[places[1] : places[1] + directions.nbytes] = _bytes(directions)
         self._memory[places[2] : places[2] + inclusion.nbytes] = _bytes(inclusion)
-        table = self._memory[: 4 * max_requests * max_pages].view(torch.int32)
+        table = self._memory[places[0] :][: 4 * max_requests * max_pages].view(torch.int32)
         self._table = table.view(max_requests, max_pages).numpy()
+        self._kept = np.zeros_like(self._table)  # the same where no other process can write
         self._host = self.shape.at(self.region.address)
         self._append = HostAppend()
         self._jobs = np.zeros((max_requests, 4), np.int64)
@@ -129,7 +132,11 @@ class HostStore:
         request = self.requests[slot]
         start = len(request.pages)
         request.pages += pages
-        self._table[slot, start : start + len(pages)] = pages
+        self._enter(slot, slice(start, start + len(pages)), pages)
+
+    def _enter(self, slot: int, at: slice | int, pages: Sequence[int] | int) -> None:
+        """Page numbers for whoever reads the region."""
+        self._table[slot, at] = self._kept[slot, at] = pages
 
     def reserve(self, slot: int, rows: int) -> None:
         """Have pages for so many rows.
@@ -200,7 +207,10 @@ class HostStore:
         a.v_row_stride, a.v_head_stride = v.stride()[:2]
         library = load(self.file)
         if library.vllm_sparse_host_append(ctypes.addressof(self._host), ctypes.addressof(a)) != 0:
-            raise MemoryError("append: out of memory for the kernel's scratch buffers")
+            raise StoreLost(
+                "append: out of memory for the kernel's scratch buffers, with a part of the rows "
+                "written"
+            )
 
     def _torch_append(
         self, layer: int, request: Request, start: int, k: torch.Tensor, v: torch.Tensor
@@ -227,7 +237,8 @@ class HostStore:
         full = min(request.lengths) // size
         for number in [n for n in request.keys if n < full]:
             page = self.pages.seal(request.pages[number], request.keys.pop(number))
-            request.pages[number] = self._table[slot, number] = page
+            request.pages[number] = page
+            self._enter(slot, number, page)
 
     def truncate(self, slot: int, rows: int) -> None:
         request, size = self.of(slot), self.layout.page_rows
@@ -244,7 +255,8 @@ class HostStore:
                 part = self._part(layer)
                 part[copy] = part[request.pages[kept - 1]]
             self.pages.release([request.pages[kept - 1]])
-            request.pages[kept - 1] = self._table[slot, kept - 1] = copy
+            request.pages[kept - 1] = copy
+            self._enter(slot, kept - 1, copy)
         self._drop(slot, kept)
         request.keys = {n: key for n, key in request.keys.items() if n < rows // size}
 
@@ -263,7 +275,7 @@ class HostStore:
     def _drop(self, slot: int, kept: int) -> None:
         request = self.requests[slot]
         self.pages.release(request.pages[kept:])
-        self._table[slot, kept : len(request.pages)] = 0
+        self._enter(slot, slice(kept, len(request.pages)), 0)
         del request.pages[kept:]
 
     # Memory
@@ -298,6 +310,18 @@ class HostStore:
         if self.layout.dtype == torch.int8:
             both = both.float() * self.scales(layer)[pages, :, at % size][..., None]
         return both[:, :, 0], both[:, :, 1]
+
+    def verify(self) -> None:
+        """Look at what tells the region's memory apart from any other.
+
+        Raises:
+            StoreLost: its head or the page lists of open requests are not what was written there.
+        """
+        if bytes(self._memory[: len(HEAD)].numpy()) != HEAD:
+            raise StoreLost("the head of the region was overwritten")
+        used = max(self.requests, default=-1) + 1
+        if not np.array_equal(self._table[:used], self._kept[:used]):
+            raise StoreLost("the page lists in the region were overwritten")
 
     def close(self) -> None:
         self.requests.clear()

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
+from .host import StoreLost
 from .pool import Pool
 from .step import Start, Step
 
+logger = logging.getLogger("vllm_sparse.offload")
+
 LOOK_EVERY = 1.0  # seconds, after actors that have ended
+MOST_LOSSES, LOSSES_WITHIN = 3, 3600.0  # stores that may be lost in so many seconds
+OF_POOLS = ("rows_read", "rows_there", "restarts")  # counters that the first pool keeps
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,9 @@ class HostKV:
     Args:
         offloaded: layer numbers of the model, in order; resident: likewise.
         pool: of the offloaded layers; mirror: of the resident ones, None without any.
+
+    A store that is lost does not end the worker: what is left of the step is not computed, and
+    whatever came of it must be thrown away.
     """
 
     def __init__(
@@ -45,12 +54,19 @@ class HostKV:
         self.slots: dict[str, list[int]] = {}  # of each open request, by store
         self.step: Step | None = None
         self.counters: Counter[str] = Counter()  # since the start
+        self.lost: str | None = None  # why nothing is read or written until stores are renewed
+        self._losses: list[float] = []  # when stores were lost
         self._owners: dict[int, dict[int, str]] = {}
         self._written: set[int] = set()
         self._looked = 0.0
 
     def begin(self, step: Step) -> None:
         """Follow the scheduler: end, begin and cut requests, before the model runs."""
+        self.step = step
+        self._owners, self._written = {}, set()
+        self.verify()
+        if self.lost is not None:
+            return
         if step.forget:
             for pool in self.pools:
                 pool.forget()
@@ -64,8 +80,61 @@ class HostKV:
         if not step.rows or now - self._looked > LOOK_EVERY:
             self.pool.look()
             self._looked = now
-        self.step = step
-        self._owners, self._written = {}, set()
+
+    def verify(self) -> None:
+        """See whether the stores are still what this process made; `lost` says if not."""
+        if self.lost is None:
+            try:
+                for pool in self.pools:
+                    pool.store.verify()
+            except StoreLost as error:
+                self.lose(error)
+
+    def lose(self, cause: StoreLost) -> None:
+        """Give up what the stores hold; the scheduler lets every request be computed again.
+
+        Raises:
+            RuntimeError: that happens again and again.
+        """
+        if self.lost is not None:
+            return
+        self.lost = str(cause)
+        now = time.monotonic()
+        self._losses = [then for then in self._losses if now - then < LOSSES_WITHIN] + [now]
+        if len(self._losses) > MOST_LOSSES:
+            raise RuntimeError(
+                f"The host store is lost for the {len(self._losses)}th time within "
+                f"{LOSSES_WITHIN / 60:.0f} minutes: {cause}. Requests are not computed again any "
+                "more; look for what writes to this process's memory, or takes all of the machine's"
+            ) from cause
+        self.counters["regions_lost"] += 1
+        logger.error(
+            "The host store is lost: %s. Every request is computed again; rows there had %d.",
+            cause, len(self.slots),
+        )  # fmt: skip
+
+    def renew(self, make: Callable[[], list[Pool]]) -> None:
+        """Begin again with empty stores: new ones of `make` where these are lost."""
+        if self.lost is not None:
+            stats = self.pool.stats()
+            self.counters.update({name: stats[name] for name in OF_POOLS})
+            self.shutdown()  # first: there may be no room for both
+            try:
+                with torch.inference_mode(False):  # they outlive the step that makes them
+                    self.pools = make()
+            except Exception as error:
+                raise RuntimeError(
+                    f"The host store was lost ({self.lost}), and there is no new one: {error}"
+                ) from error
+            self.pool = self.pools[0]
+            self.lost = None
+        else:  # another worker's are
+            for slots in self.slots.values():
+                for pool, slot in zip(self.pools, slots, strict=True):
+                    pool.close_request(slot)
+            for pool in self.pools:
+                pool.forget()
+        self.slots.clear()
 
     def _start(self, start: Start) -> None:
         if start.request in self.slots:
@@ -121,7 +190,7 @@ class HostKV:
 
     def end(self) -> dict[str, int]:
         """Rows that are certain to be here after the step, by request."""
-        if self.step is None or not self.step.rows or len(self._written) < len(self.places):
+        if self.lost is not None or self.step is None or len(self._written) < len(self.places):
             return {}
         return {request: before + new for request, (before, new) in self.step.rows.items()}
 
@@ -144,7 +213,8 @@ class HostKV:
 
     def check(self) -> None:
         """Raise RuntimeError where the scheduler's books and the stores differ."""
-        if self.step is None or len(self._written) < len(self.places):
+        self.verify()  # what the model gave rests on them: before anybody gets it
+        if self.lost is not None or self.step is None or len(self._written) < len(self.places):
             return
         free = [pool.capacity().free_pages for pool in self.pools]
         if any(n != self.step.free_pages for n in free):
@@ -156,9 +226,10 @@ class HostKV:
     def totals(self) -> tuple[dict[str, float], dict[str, float]]:
         """(counters since the start, gauges), named as in connector/metrics.py."""
         stats = [pool.stats() for pool in self.pools]
-        counters = {name: stats[0][name] for name in ("rows_read", "rows_there", "restarts")}
+        counters = Counter({name: stats[0][name] for name in OF_POOLS})
+        counters.update(self.counters)
         gauges = {n: sum(s[n] for s in stats) for n in ("host_bytes", "host_bytes_used")}
-        return {**counters, **self.counters}, gauges
+        return dict(counters), gauges
 
     def shutdown(self) -> None:
         for pool in self.pools:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import ring
+from . import numa, ring
 from .actors import Actors, ProcessHandle, ThreadHandle, spare_cpus, tasks_for
 from .host_store import HostStore
 from .layout import PAGE_ROWS, Layout
@@ -48,7 +48,8 @@ class Pool:
         kind: "inline": the worker alone; "thread", "process": threads of its process, or local
             processes; "ray": Ray actors on its node.
         cpus: of each actor; None: those of this machine that the calling thread is not bound to,
-            divided among them; where there are none, any.
+            divided among them, each one's on one NUMA node where there are enough actors; where
+            there are none, any. An actor takes memory from its CPUs' nodes alone.
         threads: of each actor; None: one for each of its CPUs, or one.
         max_requests: that are open at a time.
         max_tokens: of one request.
@@ -134,8 +135,7 @@ class Pool:
         self, actors: int, cpus: Sequence[Sequence[int]] | None, threads: int | None, spin_s: float
     ) -> None:
         if cpus is None:
-            spare = spare_cpus()
-            cpus = [spare[i::actors] for i in range(actors)]
+            cpus = numa.divide(spare_cpus(), actors)
         if len(cpus) != actors:
             raise ValueError(f"cpus: got {len(cpus)} lists for {actors} actors")
         store, region = self.store, self.store.region

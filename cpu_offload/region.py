@@ -5,18 +5,21 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 from pathlib import Path
 
 HEADROOM = 0.05  # of the memory, left to everybody else
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class Region:
     """Anonymous shared memory, zeroed and allocated in full.
 
     There is no file anywhere that could stay behind: when the last process that maps it has ended,
-    by `kill -9` too, it is gone. Others map it through the owner's file descriptor.
+    by `kill -9` too, it is gone. Others map it through the owner's file descriptor. Nobody can make
+    it shorter: a page that is cut off ends whoever reads it.
 
     Args:
         nbytes: of it.
@@ -28,10 +31,11 @@ class Region:
     def __init__(self, nbytes: int):
         check_room(nbytes)
         self.nbytes = nbytes
-        self.fd = os.memfd_create("vllm-sparse-kv", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("vllm-sparse-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.fchmod(self.fd, 0o600)
             os.posix_fallocate(self.fd, 0, nbytes)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
             self._map = mmap.mmap(self.fd, nbytes)
         except OSError as error:
             os.close(self.fd)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .host import HostShape, load, struct
+from .host import HostShape, StoreLost, load, struct
 
 ATTEND, ECHO = 0, 1
 SPIN = 100e-6  # seconds before sleeping: longer than most answers' way, shorter than a layer's work
@@ -109,12 +109,15 @@ class Ring:
             out, lse: addresses of float32 [B, heads, head_size] and [B, heads].
 
         Raises:
-            MemoryError: for the kernels' scratch buffers.
+            StoreLost: out of memory for the kernels' scratch buffers; the ticket stays open.
         """
         c = self._collect
         c.ticket, c.out, c.lse, c.deadline_ns = ticket, out, lse, int(deadline_s * 1e9)
         if self._library.vllm_sparse_ring_collect(*self._arguments, self._collect_at) != 0:
-            raise MemoryError("collect: out of memory for the kernel's scratch buffers")
+            raise StoreLost(
+                "collect: out of memory for the kernel's scratch buffers, with a part of the "
+                "answers given"
+            )
         ended = [a for a in range(self.actors) if c.ended >> a & 1] if c.ended else []
         return Answers(c.rows_read, c.rows_there, c.own, c.rescued, bool(c.late), ended, c.wait_ns)
 

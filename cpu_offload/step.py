@@ -20,6 +20,7 @@ class Start:
 class Step:
     """One step, in the order in which the stores have to follow."""
 
+    renew: bool = False  # begin again with empty stores, before all else
     forget: bool = False  # every prefix that could be shared
     closed: list[str] = field(default_factory=list)
     started: list[Start] = field(default_factory=list)

@@ -8,15 +8,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import select
 import signal
 import sys
 import threading
 
+from . import numa
 from .host import HostShape
 from .region import Attached
 from .ring import Ring
+
+logger = logging.getLogger("vllm_sparse.offload")
 
 TURN = 0.2  # seconds of serving between looks at whether to go on
 
@@ -37,6 +41,7 @@ class Task:
     cpus: list[int]  # to run on; empty: where the system puts it
     threads: int = 1
     isa: str = ""
+    memory: list[int] = dataclasses.field(default_factory=list)  # nodes of these CPUs; empty: any
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -71,9 +76,7 @@ class Server:
 
     def run(self) -> None:
         """Serve with all threads; returns when it is over."""
-        if self.task.cpus:
-            with contextlib.suppress(OSError):  # a CPU that the container does not grant
-                os.sched_setaffinity(0, self.task.cpus)
+        self._settle()
         others = [
             threading.Thread(target=self._serve, daemon=True, name=f"vllm-sparse-{i}")
             for i in range(1, self.task.threads)
@@ -83,6 +86,20 @@ class Server:
         self._serve()
         for thread in others:
             thread.join()
+
+    def _settle(self) -> None:
+        """Put this thread, and those that it starts, on the task's CPUs and memory."""
+        if self.task.cpus:
+            with contextlib.suppress(OSError):  # a CPU that the container does not grant
+                os.sched_setaffinity(0, self.task.cpus)
+        if self.task.memory:
+            try:
+                numa.bind(self.task.memory)
+            except OSError as error:
+                logger.warning(
+                    "Actor %d of the offload pool takes memory from any NUMA node instead of %s: "
+                    "%s.", self.task.actor, self.task.memory, error,
+                )  # fmt: skip
 
     def stop(self) -> None:
         self._stopped.set()

@@ -106,6 +106,8 @@ def test_text_from_the_command_line(key, value, expected):
         ("sink", -1, "a whole number of tokens from 0"),
         ("host_gib", 0, "a number above 0"),
         ("actors", -1, "a whole number from 0"),
+        ("actors", "node", '"numa": one for each NUMA node'),
+        ("actors", True, "a whole number from 0"),
         ("host_gib", float("inf"), "a number above 0"),
         ("host_gib", True, "a number above 0"),
         ("resident_layers", [-1], "a list of layer numbers from 0"),
@@ -149,6 +151,13 @@ def test_sampled_decode(decode):
     assert (config.rows, dict(config.sampler_options)) == (512, {"share": 0.05, "least": 64})
     hash(config)  # it is a key of what a process settles once
     assert not parse(decode="exact").samples
+
+
+@pytest.mark.parametrize("given, actors", [(2, 2), ("2", 2), ("numa", "numa")])
+def test_actors_are_a_number_or_one_for_each_node(given, actors):
+    config = parse(decode="exact", actors=given, ray=True)
+    assert config.actors == actors
+    hash(config)
 
 
 @pytest.mark.parametrize(

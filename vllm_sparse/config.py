@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,7 +20,8 @@ ALLOWED = {
     "mean_correction": "true or false: whether blocks that are left out count by their means",
     "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
     "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
-    "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself)",
+    "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself), or "
+    '"numa": one for each NUMA node',
     "ray": "true or false: whether actors are Ray actors instead of local processes",
     "rows": "a whole number from 16: the most rows that a KV head reads in the host, or null",
     "sampler_options": 'an object with options of the sampler, such as {"share": 0.05}',
@@ -45,7 +46,7 @@ class SparseConfig(BaseModel):
     # What follows is for decode other than "dense".
     window: int = Field(1024, ge=16)
     sink: int = Field(16, ge=0)
-    actors: int = Field(0, ge=0)
+    actors: Annotated[int, Field(ge=0)] | Literal["numa"] = 0
     ray: bool = False
     # For decode that samples; the options of each sampler are those of cpu_offload/sampling.py.
     rows: int | None = Field(None, ge=16)

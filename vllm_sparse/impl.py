@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from . import kernels
 from .config import SparseConfig
+from .cpu_offload.host import StoreLost
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
 from .planner import plan_prefill
@@ -172,6 +173,19 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             from .offload import OffloadedLayer
 
             self.offload = OffloadedLayer(layer_name, self.config, self.scale)
+        if self.offload.lost:
+            return output.zero_()
+        try:
+            return self._attend_offloaded(query, key, value, k_cache, v_cache, metadata, output)
+        except StoreLost as error:
+            self.offload.host.lose(error)
+            return output.zero_()
+
+    def _attend_offloaded(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: SparseMetadata,
+        output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
         batch = self.offload.append(metadata, key, value, k_cache.shape[2])
         if self.offload.resident:
             return self._attend(query, k_cache, v_cache, metadata, output)

@@ -53,6 +53,11 @@ class OffloadedLayer:
         self.window, self.sink = config.window, config.sink
         self.scale = scale
 
+    @property
+    def lost(self) -> bool:
+        """Whether the stores are lost; what this step gives is thrown away then."""
+        return self.host.lost is not None
+
     def append(
         self, metadata: SparseMetadata, key: torch.Tensor, value: torch.Tensor, page: int
     ) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -11,40 +10,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
-    KVConnectorWorkerMetadata,
     SupportsHMA,
 )
 
-from ..step import Step
+from .messages import Acknowledged, StepMetadata, StoreSize
 from .metrics import OffloadPromMetrics, OffloadStats
 from .scheduler import SchedulerSide
 from .worker import WorkerSide
-
-
-@dataclass
-class StepMetadata(KVConnectorMetadata):
-    step: Step
-
-
-@dataclass
-class StoreSize(KVConnectorHandshakeMetadata):
-    """What a worker's host stores hold."""
-
-    pages: int
-    page_rows: int
-    requests: int
-
-
-@dataclass
-class Acknowledged(KVConnectorWorkerMetadata):
-    """Rows of each request that the host has for certain."""
-
-    rows: dict[str, int] = field(default_factory=dict)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> Acknowledged:
-        assert isinstance(other, Acknowledged)
-        both = self.rows.keys() & other.rows.keys()
-        return Acknowledged({r: min(self.rows[r], other.rows[r]) for r in both})
 
 
 class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
@@ -98,8 +70,8 @@ class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
         self.worker.end()
 
     def build_connector_worker_meta(self) -> Acknowledged | None:
-        rows = self.worker.take_acknowledged()
-        return Acknowledged(rows) if rows else None
+        rows, lost = self.worker.take_acknowledged()
+        return Acknowledged(rows, lost) if rows or lost else None
 
     def get_kv_connector_stats(self) -> OffloadStats | None:
         return self.worker.stats() if self.worker is not None else self.scheduler.stats()

@@ -20,6 +20,7 @@ COUNTERS = {
     "mirrored_bytes": "Bytes of keys and values copied to host memory",
     "loaded_bytes": "Bytes of keys and values copied from host memory to the device",
     "restarts": "Actors that were started again",
+    "regions_lost": "Host stores that were lost, and whose requests were computed again",
     "queued": "Requests that had to wait for host memory",
 }
 GAUGES = {
@@ -72,6 +73,7 @@ class OffloadStats(KVConnectorStats):
             "MB mirrored": round(self.counters.get("mirrored_bytes", 0) / 1e6, 1),
             "MB loaded": round(self.counters.get("loaded_bytes", 0) / 1e6, 1),
             "Requests queued for host memory": int(self.counters.get("queued", 0)),
+            "Host stores lost": int(self.counters.get("regions_lost", 0)),
             "Actor restarts": int(self.counters.get("restarts", 0)),
         }
         if self.gauges:

@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from ..kv_spec import OffloadWindowManager
 from ..ledger import Ledger
 from ..step import Start, Step
+from . import recompute
 from .metrics import OffloadStats
 
 
@@ -19,12 +20,13 @@ class SchedulerSide:
         self.ledger: Ledger | None = None
         self.manager = None
         self.hash_rows = 0  # tokens of a block hash
-        self.forget = False
+        self.renew = self.forget = False
         self.closed: list[str] = []
         self.started: list[Start] = []
         self.tokens: dict[str, object] = {}  # vLLM's requests that are held
         self.queued: str | None = None  # the first that waits for host memory
         self.waited = 0
+        recompute.install()
 
     def set_stores(self, sizes: list[tuple[int, int, int]]) -> None:
         """What each worker's stores hold: (pages, rows of a page, requests)."""
@@ -80,8 +82,8 @@ class SchedulerSide:
         self.started.append(Start(request_id, rows, keys))
 
     def step(self, scheduler_output) -> Step:
-        step = Step(self.forget, self.closed, self.started)
-        self.forget, self.closed, self.started = False, [], []
+        step = Step(self.renew, self.forget, self.closed, self.started)
+        self.renew, self.forget, self.closed, self.started = False, False, [], []
         cached = scheduler_output.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
@@ -118,6 +120,14 @@ class SchedulerSide:
         self.ledger.forget()
         self.forget = True
         return True
+
+    def lose(self) -> None:
+        """A worker's store is lost: nobody has any rows, and all stores begin again."""
+        ledger = self.ledger
+        self.ledger = Ledger(ledger.pages.count, ledger.page_rows, ledger.most_requests)
+        self.tokens.clear()
+        self.renew, self.forget, self.closed, self.started = True, False, [], []
+        self.queued = None
 
     def stats(self) -> OffloadStats:
         """What came since the last call."""

@@ -8,6 +8,8 @@ from vllm_sparse import log
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
 
+from .. import numa
+from ..actors import granted, spare_cpus
 from ..kv_spec import OffloadWindowSpec
 from ..layout import Layout
 from ..mirror import HostKV
@@ -65,7 +67,7 @@ class WorkerSide:
             max_requests=scheduler.max_num_seqs,
             ranks=get_tensor_model_parallel_world_size(),
         )
-        shape = {
+        self.shape = {
             "heads": model.get_num_attention_heads(vllm_config.parallel_config),
             "kv_heads": spec.num_kv_heads,
             "head_size": spec.head_size,
@@ -74,16 +76,12 @@ class WorkerSide:
             "max_requests": 2 * scheduler.max_num_seqs,
             "max_tokens": model.max_model_len,
         }
-        pool = Pool(
-            layers=len(offloaded), host_bytes=pages * layouts[0].page_bytes, sampler=config.decode,
-            rows=config.rows, sampler_options=dict(config.sampler_options),
-            kind=pool_kind(config), actors=max(config.actors, 1), **shape,
-        )  # fmt: skip
-        mirror = None
-        if resident:
-            mirror = Pool(
-                layers=len(resident), host_bytes=pages * layouts[1].page_bytes, **shape
-            )  # fmt: skip
+        self.config, self.pages, self.layouts = config, pages, layouts
+        self.cpus = None  # of each actor
+        if config.actors == "numa":
+            self.cpus = numa.by_node(spare_cpus() or granted())
+        pool, *others = self.make_pools()
+        mirror = others[0] if others else None
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
         logger.info(
             "Host store: %.2f GiB for %d tokens of %d layers, decode %s by %s; the device keeps a "
@@ -92,20 +90,42 @@ class WorkerSide:
             pages * PAGE_ROWS,
             len(self.layers),
             config.decode,
-            readers(config),
+            readers(config, len(self.cpus) if self.cpus else config.actors),
             config.sink,
             config.window,
             f", and layers {sorted(resident)} whole" if resident else "",
         )
+        self.told = False  # the scheduler, that a store is lost
         self.kv_caches: dict = {}
         self.reported: dict[str, float] = {}
         _WORKER = self
+
+    def make_pools(self) -> list[Pool]:
+        """Empty stores: of the offloaded layers, and of the resident ones, if any."""
+        offloaded, *resident = self.layouts
+        config, cpus = self.config, self.cpus
+        pools = [
+            Pool(
+                layers=offloaded.layers, host_bytes=self.pages * offloaded.page_bytes,
+                sampler=config.decode, rows=config.rows,
+                sampler_options=dict(config.sampler_options), kind=pool_kind(config),
+                actors=len(cpus) if cpus else max(config.actors, 1), cpus=cpus, **self.shape,
+            )
+        ]  # fmt: skip
+        for x in resident:
+            pools.append(Pool(layers=x.layers, host_bytes=self.pages * x.page_bytes, **self.shape))
+        return pools
 
     def register_kv_caches(self, kv_caches) -> None:
         self.kv_caches = kv_caches
 
     def begin(self, step: Step) -> None:
+        if step.renew:
+            self.host.renew(self.make_pools)
+            self.told = False
         self.host.begin(step)
+        if self.host.lost is not None:
+            return
         for start in step.started:
             if not start.rows:
                 continue
@@ -117,8 +137,11 @@ class WorkerSide:
     def end(self) -> None:
         self.host.check()
 
-    def take_acknowledged(self) -> dict[str, int]:
-        return self.host.end()
+    def take_acknowledged(self) -> tuple[dict[str, int], bool]:
+        """Rows that the host has by request, and whether the store was lost since the last call."""
+        lost = self.host.lost is not None and not self.told
+        self.told |= lost
+        return self.host.end(), lost
 
     def stats(self) -> OffloadStats:
         """What came since the last call."""
@@ -138,10 +161,10 @@ def pool_kind(config: SparseConfig) -> str:
     return "ray" if config.ray else "process"
 
 
-def readers(config: SparseConfig) -> str:
+def readers(config: SparseConfig, actors: int) -> str:
     """The same for people."""
-    if not config.actors:
+    if not actors:
         return "the worker"
     kind = "Ray actor" if config.ray else "process"
-    plural = "" if config.actors == 1 else "es" if kind == "process" else "s"
-    return f"{config.actors} {kind}{plural} and the worker"
+    plural = "" if actors == 1 else "es" if kind == "process" else "s"
+    return f"{actors} {kind}{plural} and the worker"

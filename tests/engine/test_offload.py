@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 from engine_run import prompt, run
 from engine_steps import Phase, Steps, run_steps
+
+from vllm_sparse.cpu_offload import numa
 
 BLOCK_BYTES = 512 << 10  # 128 tokens x 4 layers x 2 heads x 2 x 64 x 4 bytes
 LONGEST = 4096  # tokens: 32 blocks
@@ -133,6 +136,14 @@ def test_a_full_host_queues(llama, dense):
     assert prefix.cached == [0, 7 * 256]
     assert max(crowd.held) == max(crowd.running) == 3
     assert result.stats["queued"] > 0
+
+
+def test_one_actor_for_each_numa_node(llama, dense):
+    result = serve(llama, "mixed", **exact(actors="numa"))
+    assert result.phases[0].tokens == phase(dense, "mixed").tokens
+    assert result.stats["rows_read"] > 0
+    made = re.search(r"decode exact by (\d+) process(es)? and the worker", result.log)
+    assert 1 <= int(made[1]) <= max(len(numa.nodes()), 1)
 
 
 def test_an_actor_is_killed_while_it_decodes(llama, dense):

@@ -4,11 +4,13 @@ given steps, and the scheduler's own counters are read after each."""
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,9 @@ class Phase:
     used: list[int]  # device blocks in use
     held: list[int]  # requests in the host stores
     seconds: list[float]  # that the step took
-    killed: list[int]  # processes
+    killed: dict[int, float]  # when processes were, by their id
+    times: list[list[float]]  # when each token came, by request
+    logprobs: list[list[list[float]]]  # of each token and the next likely one, if asked for
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,15 @@ class Steps:
 
 def run_steps(
     model: str, phases: list[list[dict]], *, env: dict[str, str] | None = None,
-    kill_at: dict[int, str] | None = None, **engine,
+    kill_at: dict[int, str] | None = None, call_at: dict[int, list] | None = None,
+    logprobs: bool = False, **engine,
 ) -> Steps:  # fmt: skip
     """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
 
     Steps are counted from 0 in each phase, which ends when all of its requests have. In the first
-    phase `kill_at` ends processes at a step, by SIGKILL: those with this text in their command.
+    phase `kill_at` ends processes in the middle of a step, by SIGKILL: those with this text in
+    their command, and `call_at` calls a method of the workers before one: [name, arguments]. Times
+    are those of one clock, in seconds.
     """
     arguments = {
         "model": model,
@@ -58,7 +65,15 @@ def run_steps(
         "disable_log_stats": False,
         **engine,
     }
-    job = json.dumps({"engine": arguments, "phases": phases, "kill_at": kill_at or {}})
+    job = json.dumps(
+        {
+            "engine": arguments,
+            "phases": phases,
+            "kill_at": kill_at or {},
+            "call_at": call_at or {},
+            "logprobs": logprobs,
+        }
+    )
     process = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
@@ -90,7 +105,15 @@ def _serve(job: dict) -> dict:
     llm = LLM(**job["engine"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     phases = [
-        _phase(llm, scheduler, n, x, job["kill_at"] if n == 0 else {})
+        _phase(
+            llm,
+            scheduler,
+            n,
+            x,
+            job["kill_at"] if n == 0 else {},
+            job["call_at"] if n == 0 else {},
+            job["logprobs"],
+        )
         for n, x in enumerate(job["phases"])
     ]
     stats = {
@@ -102,7 +125,10 @@ def _serve(job: dict) -> dict:
     return {"phases": phases, "blocks": blocks, "stats": stats}
 
 
-def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str]) -> dict:
+def _phase(
+    llm, scheduler, number: int, requests: list[dict], kill_at: dict[str, str],
+    call_at: dict[str, list], logprobs: bool,
+) -> dict:  # fmt: skip
     import psutil
     from vllm import SamplingParams
 
@@ -111,11 +137,17 @@ def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str,
     names = [f"{number}-{i}" for i in range(len(requests))]
     result = {
         "tokens": [[] for _ in requests], "cached": [0] * len(requests),
-        "running": [], "used": [], "held": [], "seconds": [], "killed": [],
+        "running": [], "used": [], "held": [], "seconds": [], "killed": {},
+        "times": [[] for _ in requests], "logprobs": [[] for _ in requests],
     }  # fmt: skip
 
     def preemptions() -> int:
         return sum(int(m.value) for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+
+    def kill(processes: list) -> None:
+        for process in processes:
+            process.kill()
+            result["killed"][process.pid] = time.perf_counter()
 
     before, step = preemptions(), 0
     while engine.has_unfinished_requests() or step <= max(x["at"] for x in requests):
@@ -123,22 +155,37 @@ def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str,
             if request["at"] == step:
                 sampling = SamplingParams(
                     temperature=0, max_tokens=request["max_tokens"], detokenize=False,
-                    ignore_eos=True,
+                    ignore_eos=True, logprobs=2 if logprobs else None,
                 )  # fmt: skip
                 engine.add_request(name, {"prompt_token_ids": request["prompt"]}, sampling)
             if request["cancel"] == step:
                 engine.abort_request([name])
-        for process in psutil.Process().children(recursive=True) if str(step) in kill_at else ():
-            if kill_at[str(step)] in " ".join(process.cmdline()):
-                process.kill()
-                result["killed"].append(process.pid)
+        if str(step) in call_at:
+            method, *arguments = call_at[str(step)]
+            print(f"CALLED {method}: {llm.collective_rpc(method, args=arguments)}", flush=True)
+        killer = None
+        if text := kill_at.get(str(step)):
+            chosen = [
+                process for process in psutil.Process().children(recursive=True)
+                if text in " ".join(process.cmdline())
+            ]  # fmt: skip
+            killer = threading.Timer(result["seconds"][-1] / 2, kill, [chosen])
+            killer.start()
         begin = time.perf_counter()
         outputs = engine.step()
-        result["seconds"].append(time.perf_counter() - begin)
+        end = time.perf_counter()
+        result["seconds"].append(end - begin)
+        if killer is not None:
+            killer.join()
         for output in outputs:
-            i = names.index(output.request_id)
-            result["tokens"][i] = list(output.outputs[0].token_ids)
+            i, came = names.index(output.request_id), output.outputs[0]
+            new = len(came.token_ids) - len(result["tokens"][i])
+            result["times"][i] += [end] * new
+            result["tokens"][i] = list(came.token_ids)
             result["cached"][i] = output.num_cached_tokens
+            for step_logprobs in came.logprobs[-new:] if logprobs and new else ():
+                found = sorted((x.logprob for x in step_logprobs.values()), reverse=True)
+                result["logprobs"][i].append(found[:2])
         result["running"].append(len(scheduler.running))
         result["used"].append(pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
         result["held"].append(len(side.ledger.held) if side else 0)
@@ -147,4 +194,5 @@ def _phase(llm, scheduler, number: int, requests: list[dict], kill_at: dict[str,
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(TIMEOUT_S - 10)  # where it is, for whoever gives it up
     print("RESULT " + json.dumps(_serve(json.load(sys.stdin))), flush=True)

@@ -216,3 +216,19 @@ def test_numbers_that_are_not_finite_stay_with_their_request():
     assert torch.equal(out[0], alone[0][0]) and torch.equal(lse[0], alone[1][0])
     assert out[2, 0].isnan().any() and KV_HEADS == 2 and out[2, HEADS // 2 :].isfinite().all()
     pool.shutdown()
+
+
+@pytest.mark.skipif(cpu.native_error() is not None, reason="needs the native kernels")
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_rows_of_a_kv_head_are_not_split_at_batch_1(kv_heads):
+    pool = make_pool(kind="process", actors=2, kv_heads=kv_heads)
+    slot = fill(pool, "a", 5000)
+    for _ in range(30):
+        ask(pool, 0, queries(1), [slot], [0], [5000])
+    stats = pool.stats()
+    others = [pool._ring.answered(actor) for actor in range(2)]
+    assert stats["items"] == 30 * kv_heads
+    # Each item has one answerer; the worker answers twice only what nobody else did in time.
+    assert stats["items_own"] + stats["items_rescued"] + sum(others) >= 30 * kv_heads
+    assert stats["items_own"] + sum(others) <= 30 * kv_heads
+    pool.shutdown()
