@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from . import reference, softmax_modes
+from . import left_out, reference, softmax_modes
 from .block_indices import BlockIndices
 
 logger = logging.getLogger("vllm_sparse.kernels")
@@ -53,6 +53,7 @@ class _Prefill(ctypes.Structure):
         *_QUERY_FIELDS,
         ("query_start_loc", _ptr), ("seq_lens", _ptr),
         ("block_offsets", _ptr), ("blocks", _ptr), ("column_offsets", _ptr), ("columns", _ptr),
+        ("mean_correction", _i64), ("k_means", _ptr), ("v_means", _ptr),
     ]  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def sparse_prefill(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    mean_correction: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`: same arguments, same meaning, but no window.
@@ -187,18 +189,19 @@ def sparse_prefill(
     Raises:
         ValueError: arguments that do not fit together, or a window.
     """
+    left_out.check_window(mean_correction, window)
     library = native()
     if library is None:
         return reference.sparse_prefill(
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
-            scale=scale, window=window, sinks=sinks, out=out,
+            scale=scale, window=window, sinks=sinks, mean_correction=mean_correction, out=out,
         )  # fmt: skip
     if window is not None:
         raise ValueError(
             f"window: got {window}; the CPU kernels know no sliding window, leave it out or use "
             "kernels.reference"
         )
-    args = _Prefill()
+    args = _Prefill(mean_correction=mean_correction)
     out, lse, keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
     starts = int32("query_start_loc", query_start_loc)
     if starts.numel() != args.shape.num_seqs + 1:

@@ -40,13 +40,14 @@ def sparse_prefill(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    mean_correction: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`."""
     run = cpu.sparse_prefill if q.is_cpu else _gpu("sparse_prefill").sparse_prefill
     return run(
         q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
-        scale=scale, window=window, sinks=sinks, out=out,
+        scale=scale, window=window, sinks=sinks, mean_correction=mean_correction, out=out,
     )  # fmt: skip
 
 

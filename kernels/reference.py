@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import softmax_modes
+from . import left_out, softmax_modes
 from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
 
 
@@ -94,6 +94,7 @@ def sparse_prefill(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    mean_correction: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each sequence's new queries over the selected cached keys.
@@ -111,12 +112,18 @@ def sparse_prefill(
         scale: factor on the logits.
         window: a query sees its own key and the `window - 1` before it; None: all before it.
         sinks: fp32 [H], a logit of each head that takes part in every softmax without a value.
+        mean_correction: blocks that a tile leaves out take part by their mean key and value, see
+            `left_out.attend_means`; for selections whose columns do not repeat, and no window.
         out: [T, H, D], written in place where given.
 
     Returns:
         out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf where nothing is selected (with
         sinks: 0 and the sink).
+
+    Raises:
+        ValueError: mean correction with a window.
     """
+    left_out.check_window(mean_correction, window)
     heads, group = q.shape[1], q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -130,11 +137,16 @@ def sparse_prefill(
             rows = slice(begin + tile * TILE, min(begin + (tile + 1) * TILE, end))
             position = torch.arange(rows.start, rows.stop, device=q.device) - end + seq_len
             for head in range(heads):
-                keys = _selected(indices, (tile0 + tile) * heads + head, seq_len, q.device)
+                keys = left_out.selected(indices, (tile0 + tile) * heads + head, seq_len, q.device)
                 distance = position[:, None] - keys[None, :]
                 mask = (distance >= 0) & (distance < (seq_len if window is None else window))
                 kv = head // group
                 o, e = attend(q[rows, head], k[kv][keys], v[kv][keys], mask, scale)
+                if mean_correction:
+                    means = left_out.attend_means(
+                        q[rows, head], k[kv], v[kv], keys, int(position[0]), scale
+                    )
+                    o, e = merge(o, e, *means)
                 if sinks is not None:
                     o, e = add_sink(o, e, sinks[head])
                 out[rows, head] = o.to(out.dtype)
@@ -383,18 +395,3 @@ def check_row_scores(
             f"heads: got {q.shape[1]} query heads and {k_cache.shape[1]} KV heads; query heads "
             "must be a multiple of KV heads"
         )
-
-
-def _selected(
-    indices: BlockIndices | None, row: int, seq_len: int, device: torch.device
-) -> torch.Tensor:
-    """int64 positions that list row `row` selects, within the sequence."""
-    if indices is None:
-        return torch.arange(seq_len, device=device)
-    first, last = indices.block_offsets[row : row + 2].tolist()
-    blocks = indices.blocks[first:last].long()
-    blocks = blocks[(blocks >= 0) & (blocks * BLOCK < seq_len)]
-    keys = (blocks[:, None] * BLOCK + torch.arange(BLOCK, device=device)).flatten()
-    first, last = indices.column_offsets[row : row + 2].tolist()
-    keys = torch.cat([keys, indices.columns[first:last].long()])
-    return keys[(keys >= 0) & (keys < seq_len)]

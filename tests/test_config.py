@@ -21,6 +21,7 @@ def test_defaults(nothing):
         "decode": "dense",
         "softmax": "online",
         "dense_layers": (),
+        "mean_correction": False,
         "window": 1024,
         "sink": 16,
         "actors": 0,
@@ -68,6 +69,7 @@ def test_it_cannot_be_changed():
         ("host_gib", "1.5", 1.5),
         ("ray", False, False),
         ("ray", "false", False),
+        ("mean_correction", "true", True),
     ],
 )
 def test_text_from_the_command_line(key, value, expected):
@@ -94,6 +96,8 @@ def test_text_from_the_command_line(key, value, expected):
         ("rows", True, "a whole number from 16"),
         ("ray", "here", "true or false"),
         ("ray", None, "true or false"),
+        ("mean_correction", "blocks", "true or false"),
+        ("mean_correction", None, "true or false"),
         ("sampler_options", 0.1, "an object with options of the sampler"),
         ("sampler_options", {"epsilon": True}, "an object with options of the sampler"),
         ("sampler_options", {"epsilon": "small"}, "an object with options of the sampler"),

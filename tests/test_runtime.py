@@ -52,6 +52,12 @@ def test_what_is_given_is_not_measured(start):
     assert line.endswith(", dense layers [1]")
 
 
+def test_mean_correction_is_said_where_it_is_on(start):
+    assert "mean correction" not in start()[1]
+    _, line = start(mean_correction=True, dense_layers=(1,))
+    assert line.endswith(", mean correction, dense layers [1]")
+
+
 def test_a_machine_where_sparse_never_pays_is_said_so(start):
     started, line = start(measured=NEVER)
     assert started.break_even == NEVER

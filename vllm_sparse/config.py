@@ -17,6 +17,7 @@ ALLOWED = {
     "decode": '"dense", "exact", "lsh", "vattention" or "topk"',
     "softmax": '"online", "lazy" or "unified"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
+    "mean_correction": "true or false: whether blocks that are left out count by their means",
     "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
     "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
     "actors": "a whole number from 0 (0: vLLM's worker reads the host's rows itself), or "
@@ -41,6 +42,7 @@ class SparseConfig(BaseModel):
     decode: Literal["dense", "exact", "lsh", "vattention", "topk"] = "dense"
     softmax: Literal["online", "lazy", "unified"] = "online"
     dense_layers: tuple[int, ...] = ()
+    mean_correction: bool = False
     # What follows is for decode other than "dense".
     window: int = Field(1024, ge=16)
     sink: int = Field(16, ge=0)

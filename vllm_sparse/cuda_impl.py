@@ -17,6 +17,7 @@ from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import refuse_special
 from .kernels.block_indices import BLOCK
+from .kernels.gpu import left_out
 from .kernels.gpu.block_means import PageSums, unit
 from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
 from .kernels.gpu.sparse_prefill import sparse_prefill
@@ -101,6 +102,8 @@ class SparseCudaImpl(TritonAttentionImpl):
                 f'{SECTION}["decode"] is {self.config.decode!r}: decode over host memory is for '
                 'CPU builds of vLLM in this version; leave it at "dense" on a GPU'
             )
+        if self.config.mean_correction:
+            left_out.check_head_size(head_size)
         scheduler = vllm_config.scheduler_config
         self.chunk = scheduler.max_num_batched_tokens
         self.longest = vllm_config.model_config.max_model_len
@@ -197,6 +200,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         if attn_metadata is None:  # vLLM measures memory: show it what planning will take
             if not self.always_dense:
                 need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
+                if self.config.mean_correction:
+                    need += left_out.means_bytes(self.longest, self.num_kv_heads, self.head_size)
                 torch.empty(need, dtype=torch.uint8, device=query.device)
             return output.fill_(0)
         segments = attn_metadata.segments
@@ -252,6 +257,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         k_cache = kv_cache[..., : self.head_size]
         v_cache = kv_cache[..., self.head_size :]
         where = segment.metadata
+        # As wide as the longest sequence: room for means goes by it.
+        table = where.block_table[:, : -(-max(segment.seq_lens) // k_cache.shape[2])]
         with self.counters.timed() as planned:
             indices = plan_on_device(
                 query,
@@ -266,8 +273,9 @@ class SparseCudaImpl(TritonAttentionImpl):
             )
             planned()
             sparse_prefill(
-                query, k_cache, v_cache, where.block_table, where.query_start_loc, where.seq_lens,
-                indices, scale=self.scale, sinks=self.sinks, out=out.view_as(query),
+                query, k_cache, v_cache, table, where.query_start_loc, where.seq_lens, indices,
+                scale=self.scale, sinks=self.sinks, mean_correction=self.config.mean_correction,
+                out=out.view_as(query),
             )  # fmt: skip
         self.counters.add(indices, segment.query_lens, segment.seq_lens)
 

@@ -114,7 +114,9 @@ def start(
     pattern_file = fit_patterns(config, model)
     fit_phi(config, model, pattern_file)
     shape = (dtype, head_size, num_heads, num_kv_heads)
-    device_break_even.warm_up(*shape, page=page, device=device)
+    device_break_even.warm_up(
+        *shape, page=page, device=device, mean_correction=config.mean_correction
+    )
     break_even, source = config.break_even, "given"
     if break_even is None:
         break_even = device_break_even.break_even(*shape, chunk, page, device, dense)

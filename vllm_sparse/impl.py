@@ -224,7 +224,10 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
                 coverage=self.config.coverage,
             )
         planned = time.perf_counter()
-        kernels.sparse_prefill(query, k_cache, v_cache, *where, indices, scale=self.scale, out=out)
+        kernels.sparse_prefill(
+            query, k_cache, v_cache, *where, indices, scale=self.scale,
+            mean_correction=self.config.mean_correction, out=out,
+        )  # fmt: skip
         done = time.perf_counter()
         STATS.index_seconds += planned - begin
         STATS.attention_seconds += done - planned

@@ -107,7 +107,7 @@ def say_active(
     """The start-up line."""
     logger.info(
         "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "
-        "decode %s, softmax %s, kernels %s%s",
+        "decode %s, softmax %s, kernels %s%s%s",
         config.coverage,
         "never" if break_even >= NEVER else f"{break_even} tokens",
         source,
@@ -115,6 +115,7 @@ def say_active(
         config.decode,
         config.softmax,
         kernels,
+        ", mean correction" if config.mean_correction else "",
         f", dense layers {list(config.dense_layers)}" if config.dense_layers else "",
     )
 

@@ -1,6 +1,7 @@
 // The C interface that kernels/cpu.py loads with ctypes. Arguments were checked there.
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <new>
 #include <vector>
 
@@ -55,6 +56,48 @@ int for_heads(const Args& args, int64_t heads, Step step) {
   return parallel_for(heads, 0, run) && !failed ? 0 : 1;
 }
 
+// Mean keys and values of the complete blocks of a step's sequences.
+class MeanTables {
+ public:
+  // False when memory ran out.
+  bool make(const Prefill& a, const Kernels* k) {
+    for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
+      if (!add(a.kv, a, s, k, k_means) || !add(values_as_keys(a.kv), a, s, k, v_means)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+  std::vector<const float*> k_means, v_means;  // of each sequence
+
+ private:
+  static PagedKV values_as_keys(PagedKV kv) {
+    kv.k = kv.v;
+    kv.k_page_stride = kv.v_page_stride;
+    kv.k_head_stride = kv.v_head_stride;
+    kv.k_row_stride = kv.v_row_stride;
+    return kv;
+  }
+
+  bool add(PagedKV kv, const Prefill& a, int64_t seq, const Kernels* k,
+           std::vector<const float*>& means) {
+    const int64_t blocks = a.seq_lens[seq] / kBlock, heads = a.shape.num_kv_heads;
+    std::vector<int64_t> every_head(heads);
+    for (int64_t h = 0; h < heads; ++h) every_head[h] = h;
+    // Not a vector, which would be zeroed first.
+    owned_.emplace_back(new float[heads * blocks * a.shape.head_size]);
+    means.push_back(owned_.back().get());
+    kv.block_table += seq * kv.table_stride;
+    const BlockMeans args{kv, a.shape.dtype, a.shape.head_size, blocks * kBlock,
+                          every_head.data(), heads, owned_.back().get()};
+    const auto run = [&](int64_t i, float*) { k->block_means(args, i); };
+    return parallel_for(heads * blocks, 0, run);
+  }
+
+  std::vector<std::unique_ptr<float[]>> owned_;
+};
+
 constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
 
 }  // namespace
@@ -89,8 +132,16 @@ VLLM_SPARSE_API int vllm_sparse_num_threads() { return num_threads(); }
 // 0 on success, 1 when memory ran out.
 VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
   try {
-    const Prefill& a = *args;
+    Prefill a = *args;
     const Kernels* k = kernels();
+    MeanTables means;
+    if (a.mean_correction && a.blocks != nullptr) {
+      if (!means.make(a, k)) return 1;
+      a.k_means = means.k_means.data();
+      a.v_means = means.v_means.data();
+    } else {
+      a.k_means = a.v_means = nullptr;
+    }
     std::vector<TileWork> work;
     const Shape& shape = a.shape;
     int64_t tiles = 0;

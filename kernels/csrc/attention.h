@@ -46,6 +46,11 @@ struct Prefill {
   const int32_t* blocks;
   const int32_t* column_offsets;
   const int32_t* columns;
+  int64_t mean_correction;  // whether blocks that are left out take part by their means
+  // [S], each [Hkv, complete blocks of the sequence, D]; null without mean correction. They are
+  // made within the call: what the caller sets is not read.
+  const float* const* k_means;
+  const float* const* v_means;
 };
 
 struct Decode {

@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include "left_out.h"
 #include "rows.h"
 #include "softmax_tile.h"
 
@@ -46,7 +47,8 @@ inline void transpose(__m512i r[kAmx]) {
 struct AmxBlock {
   uint16_t* values;  // [2, D / 16, 16 dims, 32 keys] V^T as left operands
   uint16_t* p;       // [2, 4, 16 pairs of keys, 16 queries, 2] P^T as right operands
-  uint16_t* keys;    // [64, D] gathered columns
+  uint16_t* keys;    // [64, D] gathered columns, or means
+  uint16_t* means;   // [64, D] mean values
   float* scores;     // [64, 64]
 
   AmxBlock(float* scratch, int64_t head_size) {
@@ -54,9 +56,10 @@ struct AmxBlock {
     keys = values + kBlock * head_size;
     p = keys + kBlock * head_size;
     scores = scratch + kBlock * head_size + kBlock * kTile / 2;
+    means = reinterpret_cast<uint16_t*>(scores + kBlock * kTile);
   }
   static size_t floats(int64_t head_size) {
-    return kBlock * head_size + kBlock * kTile / 2 + kBlock * kTile;
+    return kBlock * head_size + kBlock * kTile / 2 + kBlock * kTile + kBlock * head_size / 2;
   }
 };
 
@@ -214,6 +217,31 @@ inline void amx_attend(const AmxBlock& block, const AmxHead& head, const uint16_
   amx_accumulate(block, wanted.count, head.head_size, head.out);
 }
 
+// Attends one head to the means of what it leaves out, rounded to bf16.
+inline void amx_attend_means(const Prefill& a, const TileWork& w, const TilePlace& place,
+                             const Rows<BFloat16>& rows, const AmxBlock& block,
+                             const AmxHead& head, int g) {
+  const int64_t head_size = head.head_size;
+  LeftOut left(a, w.list_row + g, place);
+  float log_count[kBlock];
+  BFloat16* mean_keys = reinterpret_cast<BFloat16*>(block.keys);
+  BFloat16* mean_values = reinterpret_cast<BFloat16*>(block.means);
+  const uint16_t* keys[kBlock / kAmx];
+  const BFloat16* values[kBlock];
+  for (int i = 0; i < kBlock / kAmx; ++i) keys[i] = block.keys + i * kAmx * head_size;
+  for (int n = 0; n < kBlock; ++n) values[n] = mean_values + n * head_size;
+  for (;;) {
+    const int count =
+        mean_rows(a, w, rows, left, mean_keys, mean_values, head_size, kStrip, log_count);
+    if (count == 0) return;
+    amx_pack_values(values, count, head_size, block.values);
+    amx_score(keys, head_size * 2, head.q, head_size, count, block.scores);
+    softmax_step(weigh(head, log_count, count), count);
+    amx_pack_probabilities(block.scores, count, block.p);
+    amx_accumulate(block, count, head_size, head.out);
+  }
+}
+
 // The same work as `prefill_tile`, in bf16 and for head sizes that are multiples of 32.
 inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch) {
   const Shape& shape = a.shape;
@@ -282,6 +310,7 @@ inline void prefill_tile_amx(const Prefill& a, const TileWork& w, float* scratch
         amx_attend(block, head_of(g), keys, head_size * 2, wanted, place.first_query);
       }
     }
+    if (a.k_means != nullptr) amx_attend_means(a, w, place, rows, block, head_of(g), g);
     write_tile<BFloat16>(a, head_of(g), place, w.head + g);
   }
   _tile_release();

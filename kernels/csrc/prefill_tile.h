@@ -8,6 +8,7 @@
 
 #include <type_traits>
 
+#include "left_out.h"
 #include "rows.h"
 #include "score_tile.h"
 #include "softmax_tile.h"
@@ -35,7 +36,7 @@ struct TileHead : SoftmaxTile {
 struct SharedBlock {
   float* scores;  // [kScoreRows, 64]
   float* values;  // [D / 16, 64, 16] the values in fp32
-  float* keys;    // [64, D] the keys in fp32; unused where the cache is fp32
+  float* keys;    // [64, D] the keys in fp32; of an fp32 cache only means
   int64_t head_size;
 
   SharedBlock(float* scratch, int64_t head_size) : head_size(head_size) {
@@ -125,6 +126,27 @@ inline void attend(const TileHead& head, const SharedBlock& block, const KeyRows
   accumulate(head, block.values, keys.count);
 }
 
+// Attends one head to the means of what it leaves out.
+template <class T>
+void attend_means(const Prefill& a, const TileWork& w, const TilePlace& place, const Rows<T>& rows,
+                  const SharedBlock& block, const TileHead& head, int g) {
+  LeftOut left(a, w.list_row + g, place);
+  float log_count[kBlock];
+  Ahead nothing;
+  for (;;) {
+    const int count = mean_rows(a, w, rows, left, block.keys, block.values, kStrip,
+                                kBlock * kStrip, log_count);
+    if (count == 0) return;
+    const float* row[kScoreRows];
+    for (int n = 0; n < kScoreRows; ++n) {
+      row[n] = block.keys + (n < count ? n : count - 1) * block.head_size;
+    }
+    score(head.q, row, count, head.head_size, 0, kVectors, head.scores, nothing);
+    softmax_step(weigh(head, log_count, count), count);
+    accumulate(head, block.values, count);
+  }
+}
+
 template <class T>
 void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
   const Shape& shape = a.shape;
@@ -183,6 +205,7 @@ void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
         attend(head_of(g), block, keys, nothing);
       }
     }
+    if (a.k_means != nullptr) attend_means(a, w, place, rows, block, head_of(g), g);
     write_tile<T>(a, head_of(g), place, w.head + g);
   }
 }

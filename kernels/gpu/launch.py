@@ -18,6 +18,7 @@ import torch
 MODULES = (
     "block_means",
     "index_lists",
+    "left_out",
     "pack_tiles",
     "prefill_tile",
     "row_scores",

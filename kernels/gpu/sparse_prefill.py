@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..block_indices import BLOCK, TILE, BlockIndices
-from . import launch, pack_tiles, prefill_tile
+from ..left_out import check_window
+from . import launch, left_out, pack_tiles, prefill_tile
 
 NO_WINDOW = 1 << 30
 _ON = "{name}: is on {got}, q on {device}; give all tensors on one device"
@@ -23,6 +24,7 @@ def sparse_prefill(
     scale: float,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    mean_correction: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`: same arguments, same meaning.
@@ -33,6 +35,7 @@ def sparse_prefill(
         ValueError: arguments that do not fit together, or that the kernel does not take: scale
             must be positive, the keys' and values' strides the same, pages a multiple of 16.
     """
+    check_window(mean_correction, window)
     out = check(q, k_cache, v_cache, out, indices, scale)
     for name, tensor in (
         ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),
@@ -60,19 +63,52 @@ def sparse_prefill(
         dense=indices is None, sinks=sinks is not None,
     )  # fmt: skip
     window = NO_WINDOW if window is None else window
-    packed = _pack(constants, q, query_start_loc, seq_lens, indices, window)
+    offsets = _tile_and_pair_offsets(query_start_loc)
+    lists = None if indices is None else _clean(indices, offsets[0], seq_lens)
+    packed = _pack(constants, q, query_start_loc, seq_lens, lists, offsets, window)
     warps, stages = prefill_tile.warps_and_stages(target, head_size)
-    records, offsets, entries, columns = packed
+    records, starts, entries, columns = packed
     programs = records.shape[0]
     prefill_tile._sparse_prefill[(programs,)](
         q, k_cache, v_cache, out, lse, lse if sinks is None else sinks, block_table,
-        query_start_loc, seq_lens, records, offsets[0], entries, offsets[1], columns,
+        query_start_loc, seq_lens, records, starts[0], entries, starts[1], columns,
         float(scale), 1.0, 1.0, window,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
         **constants, **launch.options(warps, stages),
     )  # fmt: skip
+    if mean_correction and lists is not None:
+        left_out.add_means(
+            q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, offsets[0],
+            lists, scale,
+        )  # fmt: skip
     return out, lse
+
+
+def _tile_and_pair_offsets(query_start_loc: torch.Tensor) -> torch.Tensor:
+    """int32 [2, S + 1]: the first tile of each sequence, and the first two of tiles."""
+    query_lens = query_start_loc[1:] - query_start_loc[:-1]
+    offsets = query_start_loc.new_zeros(2, query_start_loc.numel())
+    tiles = (query_lens + TILE - 1) // TILE
+    torch.cumsum(torch.stack([tiles, (tiles + 1) // 2]), 1, out=offsets[:, 1:])
+    return offsets
+
+
+def _clean(
+    indices: BlockIndices, tile_offsets: torch.Tensor, seq_lens: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Block offsets, blocks, column offsets, columns: see `pack_tiles._clean_lists`."""
+    given = (
+        indices.block_offsets, indices.blocks, indices.column_offsets, indices.columns,
+    )  # fmt: skip
+    lists = [x.contiguous() for x in given]
+    clean = [torch.empty_like(lists[1]), torch.empty_like(lists[3])]
+    rows = lists[0].numel() - 1
+    pack_tiles._clean_lists[(rows,)](
+        *lists, *clean, tile_offsets, seq_lens, seq_lens.numel(), indices.num_heads,
+        CHUNK=pack_tiles.CHUNK, **launch.options(pack_tiles.WARPS, 2),
+    )  # fmt: skip
+    return lists[0], clean[0], lists[2], clean[1]
 
 
 def _pack(
@@ -80,7 +116,8 @@ def _pack(
     q: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    indices: BlockIndices | None,
+    lists: tuple[torch.Tensor, ...] | None,
+    offsets: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(records, offsets [2, programs], entries, columns): see `pack_tiles`.
@@ -92,27 +129,11 @@ def _pack(
     # Rows in twos of tiles; a sequence has at most one that is not full.
     pairs = q.shape[0] // (2 * TILE) + num_seqs
     squares = pairs * (heads // group) * -(-group // 2)
-    query_lens = query_start_loc[1:] - query_start_loc[:-1]
-    offsets = query_start_loc.new_zeros(2, num_seqs + 1)
-    tiles = (query_lens + TILE - 1) // TILE
-    torch.cumsum(torch.stack([tiles, (tiles + 1) // 2]), 1, out=offsets[:, 1:])
     tile_offsets, pair_offsets = offsets
     options = launch.options(pack_tiles.WARPS, 2)
     chunk = {"CHUNK": pack_tiles.CHUNK}
-    dense = indices is None
-    if dense:
-        lists = [query_start_loc] * 4  # not read
-    else:
-        given = (
-            indices.block_offsets, indices.blocks, indices.column_offsets, indices.columns,
-        )  # fmt: skip
-        lists = [x.contiguous() for x in given]
-        clean = [torch.empty_like(lists[1]), torch.empty_like(lists[3])]
-        rows = lists[0].numel() - 1
-        pack_tiles._clean_lists[(rows,)](
-            *lists, *clean, tile_offsets, seq_lens, num_seqs, heads, **chunk, **options
-        )
-        lists[1], lists[3] = clean
+    dense = lists is None
+    lists = (query_start_loc,) * 4 if lists is None else lists  # not read where dense
     records = query_start_loc.new_empty(2 * squares, prefill_tile.RECORD)
     counts = query_start_loc.new_empty(2, 2 * squares)
     pack_tiles._count_tiles[(squares,)](
@@ -123,7 +144,7 @@ def _pack(
     if dense:
         return records, counts, query_start_loc, query_start_loc
     starts = counts.cumsum(1, dtype=torch.int32) - counts
-    entries, columns = (torch.empty_like(x) for x in clean)
+    entries, columns = (torch.empty_like(x) for x in (lists[1], lists[3]))
     pack_tiles._fill_tiles[(2 * squares,)](
         records, starts, tile_offsets, query_start_loc, seq_lens, *lists, entries, columns,
         window, heads, 2 * squares, **chunk, **options,

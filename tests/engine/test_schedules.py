@@ -11,6 +11,7 @@ from paged_layer import PagedLayer
 
 from vllm_sparse import impl, plugin
 from vllm_sparse.kernels import cpu
+from vllm_sparse.patterns import HeadPattern, PatternFile
 from vllm_sparse.stats import STATS
 
 SCHEDULES = 200
@@ -195,6 +196,32 @@ def test_dense_layers_never_plan(llama, monkeypatch):
     monkeypatch.setattr(impl, "plan_prefill", lambda *a, **k: pytest.fail("planned"))
     layer.admit(0)
     layer.step([(0, 0, 200)], *Tokens((4, 2, 64))([1] * 200, 0))
+
+
+def test_mean_correction_reaches_the_layer_and_brings_it_nearer(llama, tmp_path):
+    shape = (4, 2, 64)
+    window = HeadPattern(kind="a_shape", sink=64, window=64)
+    model = {"name": "m", "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 64}
+    path = tmp_path / "patterns.json"
+    layers = {0: dict.fromkeys(range(4), window)}
+    PatternFile(schema_version=1, model=model, layers=layers).save(path)
+    # Alike keys, each with values of its own: what is left out weighs as much as what is read.
+    q, k, v = Tokens(shape)([1] * 1000, 0)
+    k = k[:1].expand_as(k).contiguous()
+    v = torch.randn(v.shape, generator=torch.Generator().manual_seed(3))
+    outs = []
+    for settings in ({}, {"mean_correction": True}, {"coverage": 1.0, "patterns": None}):
+        settings = {"patterns": str(path), "break_even": 0, **settings}
+        layer = PagedLayer(
+            llama, shape, 64, dtype="float32", block_size=16, max_model_len=4096,
+            attention_backend="sparse", additional_config={"sparse": settings},
+        )  # fmt: skip
+        layer.admit(0)
+        parts = [layer.step([(0, i, 500)], *(x[i : i + 500] for x in (q, k, v))) for i in (0, 500)]
+        outs.append(torch.cat(parts))
+    plain, corrected, exact = outs
+    assert (plain - exact).abs().max() > 0.1
+    torch.testing.assert_close(corrected, exact, atol=2e-5, rtol=0)
 
 
 def test_padding_rows_are_left_alone(llama):

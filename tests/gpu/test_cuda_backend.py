@@ -308,6 +308,28 @@ def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
     assert STATS.fallbacks["means_from_keys"] == before + 1
 
 
+def test_mean_correction_brings_a_sparse_chunk_nearer(layer):
+    errors = []
+    for corrected in (False, True):
+        made = layer(coverage=0.5, break_even=0, mean_correction=corrected)
+        out, want, metadata = made.step([(700, 130)])
+        assert metadata.segments[0].sparse
+        errors.append((out - want).float().norm() / want.float().norm())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_mean_correction_is_refused_for_large_heads(llama):
+    config = EngineArgs(
+        model=llama, skip_tokenizer_init=True,
+        additional_config={"sparse": {"mean_correction": True}},
+    ).create_engine_config()  # fmt: skip
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(ValueError, match="mean_correction: got head size 256"),
+    ):
+        cuda_impl.SparseCudaImpl(HEADS, 256, 0.0625, KV_HEADS)
+
+
 @pytest.mark.parametrize(
     "special, says",
     [

@@ -23,11 +23,12 @@ WARM_UP = 1024  # tokens: more than a plan takes for short
 
 def warm_up(
     dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, *, page: int,
-    device: torch.device, length: int = WARM_UP,
+    device: torch.device, length: int = WARM_UP, mean_correction: bool = False,
 ) -> None:  # fmt: skip
     """Compile every kernel in the form that layers of this shape will launch it in."""
     shape = (dtype, head_size, num_heads, num_kv_heads)
-    paths(*shape, length, length // 2 + 1, page, device, sparse_prefill)[0]()
+    where = (page, device, sparse_prefill)
+    paths(*shape, length, length // 2 + 1, *where, mean_correction=mean_correction)[0]()
 
 
 def break_even(
@@ -97,6 +98,8 @@ def paths(
     page: int,
     device: torch.device,
     dense: Dense,
+    *,
+    mean_correction: bool = False,
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The sparse and the dense path over the last `chunk` of `length` tokens."""
     made = problem(dtype, head_size, num_heads, num_kv_heads, length, chunk, page)
@@ -113,7 +116,9 @@ def paths(
             q, caches[0], where[0], [rows], [length], (ADAPTIVE,) * num_heads, scale=scale,
             coverage=0.95,
         )  # fmt: skip
-        return sparse_prefill(q, *caches, *where, indices, scale=scale)
+        return sparse_prefill(
+            q, *caches, *where, indices, scale=scale, mean_correction=mean_correction
+        )
 
     return sparse, other
 
