@@ -50,7 +50,7 @@ class Record:
 
     counts: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)  # MiB
+    memory: list[dict[str, float]] = field(default_factory=list)  # MiB, by process
     seen: set[psutil.Process] = field(default_factory=set)
 
 
@@ -121,12 +121,13 @@ async def samples(server: psutil.Process, record: Record) -> None:
     store is mapped as it is used, up to its size."""
     while True:
         await asyncio.sleep(SAMPLE_EVERY_S)
-        total = 0
+        memory: Counter[str] = Counter()
         for process in [server, *server.children(recursive=True)]:
             record.seen.add(process)
             # An actor that has just started is not what it was before it was killed.
-            total += 0 if is_actor(process) else anonymous_bytes(process)
-        record.memory.append(total / 2**20)
+            if not is_actor(process):
+                memory[name_of(process)] += anonymous_bytes(process) / 2**20
+        record.memory.append(memory)
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
@@ -137,6 +138,24 @@ def anonymous_bytes(process: psutil.Process) -> int:
         return 0
     found = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.M)
     return int(found[1]) << 10 if found else 0
+
+
+def name_of(process: psutil.Process) -> str:
+    """`VLLM::Worker` and its like; what has no title of its own is the server."""
+    try:
+        title = process.cmdline()[0].strip()
+    except (psutil.Error, IndexError):
+        return "ended"
+    return title if "::" in title else "server"
+
+
+def tenths(memory: list[dict[str, float]], name: str) -> list[int]:
+    """Medians of a process's memory, of each tenth of the time."""
+    values = [sample.get(name, 0.0) for sample in memory]
+    size = max(len(values) // 10, 1)
+    return [round(statistics.median(values[i : i + size])) for i in range(0, len(values), size)][
+        :10
+    ]
 
 
 def is_actor(process: psutil.Process) -> bool:
@@ -177,7 +196,8 @@ def faults(record: Record, left: set[str], metrics: dict[str, float]) -> list[st
     if third < 6:
         found.append(f"{len(record.memory)} samples of memory are too few: take more minutes")
     else:
-        before, after = (statistics.median(record.memory[-k * third :][:third]) for k in (2, 1))
+        totals = [sum(sample.values()) for sample in record.memory]
+        before, after = (statistics.median(totals[-k * third :][:third]) for k in (2, 1))
         if after > GROWTH * before:
             found.append(f"memory grew from {before:.0f} to {after:.0f} MiB")
     if metrics.get("host_bytes_used", 0) > 0:
@@ -222,10 +242,8 @@ def main() -> int:
         if amiss:
             print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
     print(f"{(time.monotonic() - begin) / 60:.1f} minutes, {options.decode}:", dict(record.counts))
-    print("memory in MiB, each tenth of the time:", [
-        round(statistics.median(record.memory[i * len(record.memory) // 10 :][: max(
-            len(record.memory) // 10, 1)])) for i in range(10) if record.memory
-    ])  # fmt: skip
+    for name in sorted({name for sample in record.memory for name in sample}):
+        print(f"memory of {name} in MiB, each tenth of the time:", tenths(record.memory, name))
     print("metrics:", {k: v for k, v in metrics.items() if not k.endswith("created")})
     for fault in amiss:
         print("AMISS:", fault)
