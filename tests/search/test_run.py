@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from vllm_sparse.patterns import PatternFile
+from vllm_sparse.search.choose import LAST
 
 LENGTH = 1024
 
@@ -62,10 +63,9 @@ def test_heads_of_known_kinds_get_what_suits_them(found, plain: Path):
             by_kind.setdefault(kind, set()).add(file.layers[layer][head].kind)
     assert by_kind["previous"] == by_kind["window"] == by_kind["local"] == {"a_shape"}
     assert "a_shape" not in by_kind["vertical"]
-    errors = [x for row in file.measured["error"] for x in row]
-    assert max(errors) <= 0.03
-    # All heads together are as right as each of them.
-    assert said["check"]["error"]["file"] < 0.03
+    # No less accurate than the default, and where questions stand nearly exact in every head.
+    assert said["check"]["error"]["file"] <= said["check"]["error"]["adaptive"]
+    assert max(x for row in file.measured["last"] for x in row) <= LAST
     assert said["check"]["error"]["dense"] < 1e-4
 
 
