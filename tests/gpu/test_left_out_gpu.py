@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_close, left_out_oracle, make_case, random_indices
+from cases import Case, assert_close, left_out_oracle, make_case, one_list, random_indices
 from gpu_cases import ANY_DTYPE, BFLOAT16, FLOAT16, FLOAT32
 from test_prefill_gpu import run
 
@@ -72,14 +72,7 @@ def test_nothing_selected_is_all_means():
 def test_invalid_and_repeated_entries_are_ignored():
     case = make_case([64], [300], heads=1, kv_heads=1, dtype=ANY_DTYPE)
     blocks, columns = [-1, 1, 2**31 - 1, 100], [-1, 2**31 - 1, 130, 300, 140, -5]
-    indices = BlockIndices(
-        num_heads=1,
-        tile_offsets=torch.tensor([0, 1], dtype=torch.int32),
-        block_offsets=torch.tensor([0, len(blocks)], dtype=torch.int32),
-        blocks=torch.tensor(blocks, dtype=torch.int32),
-        column_offsets=torch.tensor([0, len(columns)], dtype=torch.int32),
-        columns=torch.tensor(columns, dtype=torch.int32),
-    )
+    indices = one_list(blocks, columns)
     check(case, indices)
 
 

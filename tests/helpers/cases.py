@@ -80,6 +80,18 @@ def make_case(
     )
 
 
+def one_list(blocks: list[int], columns: list[int]) -> BlockIndices:
+    """What one tile of one head selects, as it is given: entries that cannot be too."""
+    return BlockIndices(
+        num_heads=1,
+        tile_offsets=torch.tensor([0, 1], dtype=torch.int32),
+        block_offsets=torch.tensor([0, len(blocks)], dtype=torch.int32),
+        blocks=torch.tensor(blocks, dtype=torch.int32),
+        column_offsets=torch.tensor([0, len(columns)], dtype=torch.int32),
+        columns=torch.tensor(columns, dtype=torch.int32),
+    )
+
+
 def random_indices(case: Case, density: float, seed: int = 0) -> BlockIndices:
     """A random selection with blocks and columns; some rows of the lists stay empty."""
     generator = torch.Generator().manual_seed(seed)

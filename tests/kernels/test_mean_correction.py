@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_close, left_out_oracle, make_case, random_indices
-from test_prefill import DTYPES, available, everything
+from cases import Case, assert_close, left_out_oracle, make_case, one_list, random_indices
+from test_prefill import DTYPES, available, everything, shapes
 
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices, num_tiles
@@ -52,19 +52,7 @@ def test_lengths(prefill, n, dtype):
     check(prefill, case, random_indices(case, 0.3))
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_size", "page"),
-    [
-        pytest.param(*t, id="H{}-KV{}-D{}-page{}".format(*t))
-        for t in [
-            (8, 2, 128, 128),
-            (6, 2, 96, 32),
-            (5, 1, 80, 48),
-            (2, 2, 256, 64),
-            (11, 1, 64, 16),
-        ]
-    ],
-)
+@shapes
 def test_shapes(prefill, heads, kv_heads, head_size, page):
     case = make_case(
         [70, 1, 129], [70, 300, 450], heads=heads, kv_heads=kv_heads, head_size=head_size, page=page
@@ -159,14 +147,7 @@ def test_invalid_and_repeated_entries_are_ignored(prefill):
     case = make_case([64], [300], heads=1, kv_heads=1)
     blocks = [-1, -(2**31), 2**31 - 1, 5, 1, 100]
     columns = [-1, 2**31 - 1, 300, 130, 140]
-    indices = BlockIndices(
-        num_heads=1,
-        tile_offsets=torch.tensor([0, 1], dtype=torch.int32),
-        block_offsets=torch.tensor([0, len(blocks)], dtype=torch.int32),
-        blocks=torch.tensor(blocks, dtype=torch.int32),
-        column_offsets=torch.tensor([0, len(columns)], dtype=torch.int32),
-        columns=torch.tensor(columns, dtype=torch.int32),
-    )
+    indices = one_list(blocks, columns)
     check(prefill, case, indices)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, assert_close, make_case, random_indices
+from cases import Case, assert_close, make_case, one_list, random_indices
 
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BlockIndices
@@ -54,15 +54,7 @@ def test_the_extension_is_built():
     assert "generic" in available()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 111, 2000])
-def test_lengths(prefill, n, dtype):
-    case = make_case([min(n, 130)], [n], heads=2, kv_heads=1, dtype=dtype)
-    check(prefill, case, None)
-    check(prefill, case, random_indices(case, 0.4))
-
-
-@pytest.mark.parametrize(
+shapes = pytest.mark.parametrize(
     ("heads", "kv_heads", "head_size", "page"),
     [
         pytest.param(*t, id="H{}-KV{}-D{}-page{}".format(*t))
@@ -76,6 +68,17 @@ def test_lengths(prefill, n, dtype):
         ]
     ],
 )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 111, 2000])
+def test_lengths(prefill, n, dtype):
+    case = make_case([min(n, 130)], [n], heads=2, kv_heads=1, dtype=dtype)
+    check(prefill, case, None)
+    check(prefill, case, random_indices(case, 0.4))
+
+
+@shapes
 def test_shapes(prefill, heads, kv_heads, head_size, page):
     case = make_case(
         [70, 1, 129], [70, 300, 450], heads=heads, kv_heads=kv_heads, head_size=head_size, page=page
@@ -115,15 +118,7 @@ def test_invalid_entries_are_ignored(prefill):
     case = make_case([64], [200], heads=1, kv_heads=1)
     extremes = [-1, -(2**31), 2**31 - 1, 4, 100, 200 // 64 + 1]
     columns = [-1, -(2**31), 200, 2**31 - 1, 130]
-    indices = BlockIndices(
-        num_heads=1,
-        tile_offsets=torch.tensor([0, 1], dtype=torch.int32),
-        block_offsets=torch.tensor([0, len(extremes) + 1], dtype=torch.int32),
-        blocks=torch.tensor([1, *extremes], dtype=torch.int32),
-        column_offsets=torch.tensor([0, len(columns)], dtype=torch.int32),
-        columns=torch.tensor(columns, dtype=torch.int32),
-    )
-    check(prefill, case, indices)
+    check(prefill, case, one_list([1, *extremes], columns))
 
 
 def test_a_query_before_all_its_selected_keys(prefill):

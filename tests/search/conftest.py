@@ -35,14 +35,21 @@ def plain(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def home(tmp_path_factory) -> Path:
+def costs() -> cost.Costs:
+    return cost.Costs(machine="", **COSTS)
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory, costs) -> Path:
     """A cache folder with the costs of a quiet machine for heads like `plain`'s.
 
     Measured ones of a busy machine differ by more than what two patterns of a head differ by.
     """
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost, "measure", lambda *shape: cost.Costs(machine=shape[-1], **COSTS))
+        patch.setattr(
+            cost, "measure", lambda *shape: costs.model_copy(update={"machine": shape[-1]})
+        )
         where = folder / "vllm-sparse" / "costs.json"
         cost.machine_costs(8, 2, 128, torch.float32, cache=where)
     return folder
