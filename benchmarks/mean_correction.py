@@ -9,7 +9,6 @@ for attention alone, the shortest of a few, in turns.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,10 +16,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from benchmarks._form import ROOT, Row, arguments, publish, require_editable
+from benchmarks._engines import checkpoint, import_examples
+from benchmarks._form import Row, arguments, publish, require_editable
 
 PEER = "the same selection, without"
-CHECKPOINT = ROOT / "checkpoints" / "lean"
 CHUNK = 2048
 SEGMENT = 512  # tokens of the made input that share a topic
 
@@ -53,13 +52,12 @@ def patterns() -> dict[str, Any]:
     }
 
 
-def inputs(lengths: list[int]) -> Iterator[tuple[str, int, list[Any]]]:
+def inputs(model: Any, lengths: list[int]) -> Iterator[tuple[str, int, list[Any]]]:
     """(name, tokens, the LayerInputs of every layer) of every input."""
     from retrieval.prompts import averaging_prompt, needle_prompt
 
-    from vllm_sparse.search.capture import capture, load_model
+    from vllm_sparse.search.capture import capture
 
-    model = load_model(str(CHECKPOINT))
     for length in lengths:
         yield "spread", length, [spread(length)]
         for name, question in (
@@ -173,19 +171,23 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     require_editable()
-    sys.path.insert(0, str(ROOT / "examples"))
+    import_examples()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), "lean"], check=True)
+    lean = checkpoint("lean")
     import torch
 
     from vllm_sparse.kernels import cpu
+    from vllm_sparse.search.capture import load_model
 
     torch.set_num_threads(1)
     cpu.set_threads(1)
     if reason := cpu.native_error():
         raise SystemExit(f"the native kernels are not here, and nothing is worth timing: {reason}")
     made = partial(rows_of, repeats=options.repeats)
-    publish([row for found in inputs(options.lengths) for row in made(*found)], options.json)
+    publish(
+        [row for found in inputs(load_model(str(lean)), options.lengths) for row in made(*found)],
+        options.json,
+    )
     return 0
 
 

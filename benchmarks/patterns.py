@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks._engines import checkpoint, import_examples
 from benchmarks._form import ROOT, Row, arguments, publish, require_editable
 
 PEER = "adaptive default"
@@ -185,10 +185,10 @@ def main() -> int:
                         default=["attention", "ttft"])  # fmt: skip
     options = parser.parse_args()
     require_editable()
-    sys.path.insert(0, str(ROOT / "examples"))
+    import_examples()
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), "lean"], check=True)
+    checkpoint("lean")
     rows = []
     if "ttft" in options.parts:
         rows += engine_rows(options.patterns, options.length, options.repeats, options.rounds)
