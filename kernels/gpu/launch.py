@@ -17,11 +17,17 @@ import torch
 # Files with Triton kernels, each of which fills its part of the table.
 MODULES = (
     "block_means",
+    "choose_pattern",
     "index_lists",
+    "last_union",
     "left_out",
     "pack_tiles",
     "prefill_tile",
     "row_scores",
+    "search_columns",
+    "search_threshold",
+    "search_window",
+    "sort_columns",
     "split_decode",
     "write_kv",
 )

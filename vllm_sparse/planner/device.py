@@ -12,17 +12,37 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from vllm_sparse.kernels import BlockIndices, SampledMass, pattern_reference
-from vllm_sparse.kernels.block_indices import TILE
+from vllm_sparse.kernels import BlockIndices, RowScores, SampledMass
+from vllm_sparse.kernels.block_indices import BLOCK, TILE
 from vllm_sparse.kernels.gpu.block_means import block_means
+from vllm_sparse.kernels.gpu.choose_pattern import (
+    WINDOW,
+    Allowed,
+    Found,
+    choose_pattern,
+    write_body,
+)
 from vllm_sparse.kernels.gpu.index_lists import index_lists_of, upload
+from vllm_sparse.kernels.gpu.last_union import LastRows
 from vllm_sparse.kernels.gpu.row_scores import row_scores
+from vllm_sparse.kernels.gpu.search_columns import search_columns
+from vllm_sparse.kernels.gpu.search_threshold import search_threshold
+from vllm_sparse.kernels.gpu.search_window import search_window
+from vllm_sparse.kernels.gpu.sort_columns import sort_columns
 from vllm_sparse.patterns import HeadPattern
 
 from . import a_shape, adaptive, block_sparse, last_rows, vertical_slash
-from .base import MAX_COST, Chunk
+from .base import MAX_COST, Chunk, chunk_of
 from .plan import LAST_ROWS, SHORT_BLOCKS
-from .samples import MAX_ROWS, MIN_ROWS, PROBE_ROWS, ROWS_EACH, sample_rows
+from .samples import (
+    MAX_ROWS,
+    MIN_ROWS,
+    PROBE_ROWS,
+    ROWS_EACH,
+    Rows,
+    rows_at_end,
+    rows_of_body,
+)
 from .scores import Keys
 
 # Mean keys [Hkv, nb, D] of a sequence's blocks: block table row, length -> means.
@@ -67,7 +87,7 @@ def plan_on_device(
     """
     parts, tiles, begin = [], [], 0
     for s, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
-        chunk = Chunk(query_len, seq_len, q.device)
+        chunk = chunk_of(query_len, seq_len, q.device)
         tiles.append(chunk.tiles)
         if coverage == 1.0 or query_len == 0 or chunk.blocks <= SHORT_BLOCKS:
             every = chunk.causal[:, None].expand(-1, q.shape[1], -1)
@@ -107,7 +127,7 @@ def _plan_chunk(
 ) -> list[tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]]:
     """One sequence's parts for `index_lists_of`: blocks, columns, last keys of ranges of tiles."""
     shape = (chunk.tiles, len(patterns), chunk.blocks)
-    blocks = torch.zeros(shape, dtype=torch.bool, device=chunk.device)
+    blocks = torch.empty(shape, dtype=torch.bool, device=chunk.device)  # each head writes its own
     # The body's tiles, which read the same columns, then those of the chunk's last rows.
     body = max(chunk.query_len - TILE, 0) // TILE
     columns: list[list[Columns]] = [[] for _ in range(chunk.tiles - body + 1)]
@@ -209,96 +229,96 @@ def _adaptive(
     columns: list[list[Columns]],
 ) -> None:
     """`adaptive.plan` for all heads of the request at once, into blocks and columns."""
-    heads = request.heads
-    if chunk.tiles > 1:
-        dense, chosen, position = _body(chunk, request, queries, keys)
-    else:
-        dense = torch.zeros_like(heads, dtype=torch.bool)
-        chosen = chunk.causal[:, None].expand(-1, len(heads), -1)
-        position = torch.full_like(heads, -1, dtype=torch.int32)[:, None]
-
+    heads, top = request.heads, _first_block(chunk)
     # The last rows: as `adaptive.measure` and `adaptive.finish`.
-    first = max(chunk.query_len - TILE, 0)
-    rows = torch.arange(first, chunk.query_len, device=chunk.device)
+    rows = _rows_at_end(chunk.query_len, chunk.seq_len, chunk.device)
+    count = len(rows.index)
     measured = keys.score(
-        queries[first:], chunk.start + rows, heads, by_heaviest=True,
+        queries[-count:], rows.positions, heads, by_heaviest=True,
         columns=min(adaptive.column_count(chunk), adaptive.LAST_COLUMNS),
-        base_from=chunk.last_block[rows // TILE] - 1,
+        base_from=rows.base_from,
     )  # fmt: skip
-    dense = dense | ~measured.blocks.sum((1, 2)).isfinite()
-    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
-    position = position.masked_fill(dense[:, None], -1)
-    body = first // TILE
-    columns[0].append((heads, position))
-    counts = last_rows.counts(measured.columns.shape[1])
-    for tile in range(body, chunk.tiles):
-        part = slice(max(tile * TILE - first, 0), (tile + 1) * TILE - first)
-        wanted, single = pattern_reference.cheapest_union(
-            measured.blocks[:, part],
-            chunk.base[tile] & chunk.causal[tile],
-            measured.columns,
-            measured.column_mass[:, part],
-            request.coverage,
-            counts,
-        )
-        mine = _ascending(measured.columns, single & ~dense[:, None])
-        if tile < chunk.tiles - 1:
-            wanted = wanted | chosen[tile]
-            mine = torch.cat([position, mine], 1).sort(1).values
-            repeated = torch.zeros_like(mine, dtype=torch.bool)
-            repeated[:, 1:] = mine[:, 1:] == mine[:, :-1]
-            mine = mine.masked_fill(repeated, -1)
-        chosen[tile] = torch.where(dense[:, None], chunk.causal[tile], wanted)
-        columns[tile - body + 1].append((heads, mine))
-    blocks[:, heads] = chosen
+    few = last_rows.COLUMN_COUNTS[-1]
+    ends = LastRows(
+        measured.blocks, measured.column_mass, sort_columns(measured.columns), request.coverage,
+        chunk.query_len, chunk.seq_len, few,
+    )  # fmt: skip
+    position = None
+    if chunk.tiles > 1:
+        found, candidates = _search_body(chunk, request, queries, keys)
+        choice = choose_pattern(found, _allowed(chunk, request))
+        where = (choice, ends.bad, sort_columns(candidates), heads, blocks)
+        position = write_body(found, *where, top=top)
+        columns[0].append((heads, position))
+    else:
+        choice = _on_device((WINDOW,) * len(heads), torch.int32, chunk.device)
+    mine = ends.write(choice, heads, blocks)
+    if ends.ends > 1:  # the tile before the last reads them beside its pattern's
+        both = torch.cat([position, mine[:, 0]], 1).sort(1).values
+        repeated = torch.zeros_like(both, dtype=torch.bool)
+        repeated[:, 1:] = both[:, 1:] == both[:, :-1]
+        columns[-2].append((heads, both.masked_fill(repeated, -1)))
+    columns[-1].append((heads, mine[:, -1]))
 
 
-def _body(
+def _first_block(chunk: Chunk) -> int:
+    """Block of the first tile's last row; those of the other tiles before the last follow."""
+    return (chunk.start + TILE - 1) // BLOCK
+
+
+def _allowed(chunk: Chunk, request: adaptive.Request) -> Allowed:
+    """When patterns compete, as `adaptive.compete` has it."""
+    narrow = adaptive.NARROW * chunk.base_cost
+    good = max(adaptive.GOOD * chunk.dense_cost, narrow)
+    return Allowed(request.kinds.view(torch.uint8), narrow, good, MAX_COST * chunk.dense_cost)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows_of_body(query_len: int, seq_len: int, count: int, device: torch.device) -> Rows:
+    """`samples.rows_of_body`, made on the host: what they see is a number there."""
+    return _moved(rows_of_body(chunk_of(query_len, seq_len, torch.device("cpu")), count), device)
+
+
+@functools.lru_cache(maxsize=32)
+def _rows_at_end(query_len: int, seq_len: int, device: torch.device) -> Rows:
+    return _moved(rows_at_end(chunk_of(query_len, seq_len, torch.device("cpu"))), device)
+
+
+def _moved(rows: Rows, device: torch.device) -> Rows:
+    fields = (rows.index, rows.positions, rows.tiles, rows.base_from)
+    return Rows(*(upload(x, device) for x in fields), rows.keys)
+
+
+def _search_body(
     chunk: Chunk, request: adaptive.Request, queries: torch.Tensor, keys: DeviceKeys
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`adaptive.plan_body`: heads bool [h] that read everything, blocks bool [T, h, nb], columns
-    int32 [h, M] of the tiles before the last."""
-    heads, coverage, kinds = request.heads, request.coverage, request.kinds
+) -> tuple[Found, torch.Tensor]:
+    """What the searches of `adaptive.plan_body` find for the tiles before the last, and the
+    columns that competed, int64 [h, M]."""
+    heads, coverage = request.heads, request.coverage
     probing = chunk.seq_len > adaptive.PROBE_FROM
-    body_rows = (chunk.tiles - 1) * TILE
 
-    def score(count: int, **wanted) -> tuple[SampledMass, object, torch.Tensor]:
-        rows = sample_rows(body_rows, min(count, body_rows), chunk.device)
-        tiles = rows // TILE
+    def score(count: int, **wanted) -> tuple[SampledMass, RowScores, int]:
+        body_rows = (chunk.tiles - 1) * TILE
+        count = min(count, body_rows)
+        rows = _rows_of_body(chunk.query_len, chunk.seq_len, count, chunk.device)
         if "columns" in wanted:
-            wanted["base_from"] = chunk.last_block[tiles] - 1
-        scores = keys.score(queries[rows], chunk.start + rows, heads, **wanted)
-        seen = (chunk.start + rows + 1).sum()
-        return SampledMass(scores.blocks, tiles, chunk.last_block), scores, seen
+            wanted["base_from"] = rows.base_from
+        scores = keys.score(queries[rows.index], rows.positions, heads, **wanted)
+        return SampledMass(scores.blocks, rows.tiles, chunk.last_block), scores, rows.keys
 
     count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS)
     mass, scores, seen = score(count, columns=adaptive.column_count(chunk), squares=not probing)
-    dense = ~mass.blocks.sum((1, 2)).isfinite()
-    few, probe, keys_seen = score(PROBE_ROWS, squares=True) if probing else (mass, scores, seen)
-    least = pattern_reference.least_keys(few, coverage, probe.squares)
-    dense = dense | (least > adaptive.HOPELESS * keys_seen)
-
-    # As `adaptive.compete`; what it would not look for does not compete here either.
-    window, offset = pattern_reference.cheapest_window(mass, coverage)
-    window = window.masked_fill(~kinds[:, 0], torch.inf)
-    looked = kinds[:, 1] & (window > adaptive.NARROW * chunk.base_cost)
-    slash, diagonals, keep = pattern_reference.cheapest_columns(
-        mass, coverage, scores.columns, scores.column_mass, chunk.start, looked
+    few, probe, seen = score(PROBE_ROWS, squares=True) if probing else (mass, scores, seen)
+    geometry = dict(top=_first_block(chunk), base_cost=chunk.base_cost)
+    window_cost, offset, dense = search_window(
+        mass, few, probe.squares, coverage, most_keys=adaptive.HOPELESS * seen, **geometry
     )
-    use_window = window <= slash
-    diagonals = torch.where(use_window[:, None], chunk.block <= offset[:, None], diagonals)
-    cost = torch.minimum(window, slash)
-    good = max(adaptive.GOOD * chunk.dense_cost, adaptive.NARROW * chunk.base_cost)
-    pooled, tile_blocks = pattern_reference.cheapest_threshold(
-        mass, coverage, _pooled_scores(queries, keys, heads)
+    columns_cost, level, budget = search_columns(
+        mass, coverage, scores.columns, scores.column_mass, start=chunk.start, **geometry
     )
-    pooled = pooled.masked_fill(~(kinds[:, 2] & (cost > good)), torch.inf)
-    use_blocks = pooled < cost
-    cost = torch.minimum(cost, pooled)
-    dense = dense | ~(cost < MAX_COST * chunk.dense_cost)
-    chosen = torch.where(
-        use_blocks[:, None], tile_blocks.transpose(0, 1), vertical_slash.mask(chunk, diagonals)
+    score_of = _pooled_scores(queries, keys, heads)
+    blocks_cost, limit, tops = search_threshold(mass, coverage, score_of, **geometry)
+    found = Found(
+        dense, window_cost, offset, columns_cost, level, budget, blocks_cost, limit, score_of, tops
     )
-    chosen = torch.where(dense[:, None], chunk.causal[:, None], chosen)
-    keep = keep & ~(dense | use_window | use_blocks)[:, None]
-    return dense, chosen, _ascending(scores.columns, keep)
+    return found, scores.columns
