@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from ..reference import MASS_LEVELS, MASS_SHIFT
+from . import launch
 from .body_mass import COLUMN_COST, OPTIONS, STAGES, WARPS
 from .launch import Config, Target, kernel, unspecialized
 
@@ -251,15 +252,16 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _configs(function, constants: dict[str, int]) -> Iterator[Config]:
+def _configs(function, constants: dict[str, int], warps: int = WARPS) -> Iterator[Config]:
     signature = {
         name: _TYPES.get(name, "i32") for name in function.arg_names if name not in constants
     }
-    yield Config("rows", constants, WARPS, STAGES, signature, True)
+    yield Config("rows", constants, warps, STAGES, signature, True)
 
 
 _HEAVIEST = {"CHUNK": BLOCK_CHUNK, "ROW_CHUNK": ROW_CHUNK, "SORTED": SORTED}
-_JOIN = {"CHUNK": 64}
+_JOIN, JOIN_WARPS = {"CHUNK": 64}, 8  # 4 would take 255 registers on sm_80
+_JOIN_OPTIONS = launch.options(JOIN_WARPS, STAGES)
 
 
 @kernel(_heaviest_blocks)
@@ -269,7 +271,7 @@ def _heaviest_configs(target: Target) -> Iterator[Config]:
 
 @kernel(_join_rows)
 def _join_configs(target: Target) -> Iterator[Config]:
-    yield from _configs(_join_rows, _JOIN)
+    yield from _configs(_join_rows, _JOIN, JOIN_WARPS)
 
 
 class LastRows:
@@ -294,6 +296,7 @@ class LastRows:
         seq_len: int,
         few: int,
     ) -> None:
+        blocks = blocks.contiguous()
         heads, rows, num_blocks = blocks.shape
         assert 0 < rows <= TILE, rows
         self.tiles = -(-query_len // TILE)
@@ -329,6 +332,7 @@ class LastRows:
         _join_rows[(wanted, self.ends)](
             self.flags, self.bad, self.column_mass, *self.columns, choice, heads, bits,
             mask.view(torch.uint8), position, self.few, rows, num_blocks, width, mask.shape[1],
-            self.first_row, self.tiles, self.top, self.last_block, self.ends, **_JOIN, **OPTIONS,
+            self.first_row, self.tiles, self.top, self.last_block, self.ends, **_JOIN,
+            **_JOIN_OPTIONS,
         )  # fmt: skip
         return position

@@ -278,9 +278,9 @@ def search_columns(
     heads, rows, blocks = sampled.blocks.shape
     width, pairs = columns.shape[1], rows // 2 * 2
     assert 2 <= rows <= ROWS, rows
-    body, column_mass = sampled.body, column_mass.contiguous()
+    body, columns, column_mass = sampled.body, columns.contiguous(), column_mass.contiguous()
     value = coverage.new_empty(heads, GROUPS, blocks + width)
-    where = (sampled.blocks, sampled.row_tile, columns, column_mass)
+    where = (sampled.blocks.contiguous(), sampled.row_tile, columns, column_mass)
     _value_items[(heads, GROUPS)](
         *where, value, rows, blocks, width, start, top, body, ROWS=ROWS, CHUNK=CHUNK, **OPTIONS
     )

@@ -113,8 +113,8 @@ def _buy_blocks(
     read = tl.zeros([ROWS], tl.float32)
     for first in range(0, body, ROWS):
         tile = first + s
-        at = (head.to(tl.int64) * body + tile) * LIMITS + tl.minimum(found, LIMITS - 1)
-        read += tl.load(counts + at, mask=tile < body, other=0.0)
+        of_tile = (head.to(tl.int64) * body + tile) * LIMITS + tl.minimum(found, LIMITS - 1)
+        read += tl.load(counts + of_tile, mask=tile < body, other=0.0)
     price = base_cost + tl.sum(read, 0) * (64.0 / body.to(tl.float32))
     tl.store(cost + head, tl.where(found < LIMITS, price, float("inf")))
     tl.store(best + head, tl.where(found < LIMITS, found, -1))
@@ -170,9 +170,9 @@ def search_threshold(
     counts = coverage.new_empty(heads, body, LIMITS)
     gained = coverage.new_empty(heads, rows, LIMITS)
     _sum_gaps[(heads, body + rows)](
-        score, sampled.blocks, sampled.row_tile, limits(score.device), tops, counts, gained, rows,
-        blocks, score.shape[1], top, body, CHUNK=CHUNK, HIGHEST_CHUNK=HIGHEST_CHUNK,
-        LIMITS=LIMITS, **OPTIONS,
+        score, sampled.blocks.contiguous(), sampled.row_tile, limits(score.device), tops, counts,
+        gained, rows, blocks, score.shape[1], top, body, CHUNK=CHUNK,
+        HIGHEST_CHUNK=HIGHEST_CHUNK, LIMITS=LIMITS, **OPTIONS,
     )  # fmt: skip
     cost = torch.empty_like(coverage)
     best = coverage.new_empty(heads, dtype=torch.int32)

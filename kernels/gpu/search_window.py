@@ -141,8 +141,9 @@ def search_window(
     offset = coverage.new_empty(heads, dtype=torch.int32)
     dense = coverage.new_empty(heads, dtype=torch.uint8)
     _search_window[(heads,)](
-        sampled.blocks, sampled.row_tile, few.blocks, few_squares, few.row_tile, coverage, cost,
-        offset, dense, rows, few.blocks.shape[1], blocks, top, sampled.body, float(base_cost),
-        float(most_keys), ROWS=ROWS, CHUNK=CHUNK, **OPTIONS,
+        sampled.blocks.contiguous(), sampled.row_tile, few.blocks.contiguous(),
+        few_squares.contiguous(), few.row_tile, coverage, cost, offset, dense, rows,
+        few.blocks.shape[1], blocks, top, sampled.body, float(base_cost), float(most_keys),
+        ROWS=ROWS, CHUNK=CHUNK, **OPTIONS,
     )  # fmt: skip
     return cost, offset, dense
