@@ -5,9 +5,11 @@
 Requests of the lean retrieval model come at random, some of their clients leave before the answer,
 and the pool's actor is killed now and then. At the end every answer that was waited for has to be
 right, and nothing may remain: no process, no shared memory, no more memory than after the first
-third of the time. vLLM's CPU worker grows by itself, by about a MiB a request: `--control FILE`
-runs the same load on vLLM's own backend and writes down by how much, and `--against FILE` allows
-that. Prints what happened, and exits with 1 if anything is amiss.
+third of the time. Prints what happened, and exits with 1 if anything is amiss.
+
+The server is started with a small ONEDNN_PRIMITIVE_CACHE_CAPACITY, unless that is set: oneDNN keeps
+0.28 MiB for each number of rows that a linear layer of vLLM has met, 1024 times, and a worker goes
+on growing for thousands of requests until those are full, with this plugin or without.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
+import os
 import random
 import re
 import signal
@@ -43,7 +45,8 @@ READY_S, ANSWER_S = 300, 240
 LEAVES = 0.2  # share of the clients
 KILL_EVERY_S = (15.0, 45.0)
 SAMPLE_EVERY_S = 5.0
-GROWTH = 1.05  # of the processes' own memory, beside what vLLM's own grow by
+GROWTH = 1.05  # of the processes' own memory
+ONEDNN_CACHE = "32"
 ACTOR = "vllm_sparse.cpu_offload.worker"
 
 
@@ -186,19 +189,8 @@ async def load(server: Server, minutes: float, seed: int, record: Record) -> Non
             task.cancel()
 
 
-def growth(record: Record) -> tuple[float, float]:
-    """MiB of all processes in the second third of the time, and what each request added since."""
-    third = len(record.memory) // 3
-    totals = [sum(sample.values()) for sample in record.memory]
-    before, after = (statistics.median(totals[-k * third :][:third]) for k in (2, 1))
-    asked = record.counts["asked"] / 3  # between the middles of two thirds
-    return before, (after - before) / max(asked, 1)
-
-
-def faults(
-    record: Record, left: set[str], metrics: dict[str, float], allowed: float, kills: bool
-) -> list[str]:
-    """What is amiss; `allowed` is the MiB by which each request may grow the processes."""
+def faults(record: Record, left: set[str], metrics: dict[str, float]) -> list[str]:
+    """What is amiss."""
     found = [f"{len(record.wrong)} answers: {'; '.join(record.wrong[:5])}"] if record.wrong else []
     if late := record.counts["not answered in time"]:
         found.append(f"{late} requests were not answered within {ANSWER_S} s")
@@ -210,16 +202,13 @@ def faults(
     if third < 6:
         found.append(f"{len(record.memory)} samples of memory are too few: take more minutes")
     else:
-        before, each = growth(record)
-        asked = record.counts["asked"] / 3
-        if (each - allowed) * asked > (GROWTH - 1) * before:
-            found.append(
-                f"each request adds {each:.2f} MiB to {before:.0f} MiB; allowed: {allowed:.2f} and "
-                f"{GROWTH - 1:.0%} in a third of the time"
-            )
+        totals = [sum(sample.values()) for sample in record.memory]
+        before, after = (statistics.median(totals[-k * third :][:third]) for k in (2, 1))
+        if after > GROWTH * before:
+            found.append(f"memory grew from {before:.0f} to {after:.0f} MiB")
     if metrics.get("host_bytes_used", 0) > 0:
         found.append(f"requests that are over hold {metrics['host_bytes_used']:.0f} host bytes")
-    if kills and (not record.counts["kills"] or metrics.get("restarts_total", 0) < 1):
+    if not record.counts["kills"] or metrics.get("restarts_total", 0) < 1:
         found.append("no actor was killed and started again")
     return found
 
@@ -236,24 +225,17 @@ def main() -> int:
     parser.add_argument("--decode", default="vattention")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--control", type=Path, metavar="FILE",
-                        help="vLLM's own backend: write the MiB that a request adds")  # fmt: skip
-    parser.add_argument("--against", type=Path, metavar="FILE", help="of --control")
     options = parser.parse_args()
     subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), "lean"], check=True)
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", ONEDNN_CACHE)
     settings = {"decode": options.decode, "actors": options.actors, "window": 256, "host_gib": 1}
     arguments = [
         "--served-model-name", "lean", "--dtype", "float32", "--max-model-len", str(LONGEST),
         "--max-num-batched-tokens", "1024", "--max-num-seqs", str(AT_ONCE),
         # So little device memory that requests are preempted.
         "--kv-cache-memory-bytes", str(48 << 20), "--enforce-eager",
+        "--attention-backend", "sparse", "--additional-config", json.dumps({"sparse": settings}),
     ]  # fmt: skip
-    if options.control is None:
-        arguments += ["--attention-backend", "sparse"]
-        arguments += ["--additional-config", json.dumps({"sparse": settings})]
-    allowed = 0.0 if options.control is None else math.inf
-    if options.against is not None:
-        allowed = json.loads(options.against.read_text())
     before, record, begin = shared_memory(), Record(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
@@ -263,18 +245,12 @@ def main() -> int:
             asyncio.run(load(server, options.minutes, options.seed, record))
             time.sleep(3)
             metrics = offload_metrics(server)
-        amiss = faults(record, shared_memory() - before, metrics, allowed, options.control is None)
+        amiss = faults(record, shared_memory() - before, metrics)
         if amiss:
             print(log.read_text(errors="replace")[-4000:], file=sys.stderr)
-    what = options.decode if options.control is None else "vLLM's own backend"
-    print(f"{(time.monotonic() - begin) / 60:.1f} minutes, {what}:", dict(record.counts))
+    print(f"{(time.monotonic() - begin) / 60:.1f} minutes, {options.decode}:", dict(record.counts))
     for name in sorted({name for sample in record.memory for name in sample}):
         print(f"memory of {name} in MiB, each tenth of the time:", tenths(record.memory, name))
-    if len(record.memory) > 2:
-        each = growth(record)[1]
-        print(f"each request adds {each:.2f} MiB to the server's processes")
-        if options.control is not None:
-            options.control.write_text(f"{each}\n")
     print("metrics:", {k: v for k, v in metrics.items() if not k.endswith("created")})
     for fault in amiss:
         print("AMISS:", fault)
