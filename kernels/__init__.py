@@ -13,7 +13,7 @@ _EXPORTS = {
     "cheapest_threshold": "pattern_search",
     "cheapest_union": "pattern_search",
     "cheapest_window": "pattern_search",
-    "gather_keys": "reference",
+    "gather_keys": "paged_cache",
     "heaviest": "plan_steps",
     "index_lists": "plan_steps",
     "least_keys": "pattern_search",

@@ -13,6 +13,7 @@ import torch
 
 from . import left_out, reference, softmax_modes
 from .block_indices import BlockIndices
+from .paged_cache import FP8
 
 logger = logging.getLogger("vllm_sparse.kernels")
 
@@ -164,9 +165,11 @@ def write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """See `reference.write_kv`; torch's index_put is at memory speed already."""
-    reference.write_kv(key, value, k_cache, v_cache, slot_mapping)
+    reference.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def sparse_prefill(
@@ -182,14 +185,17 @@ def sparse_prefill(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     mean_correction: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.sparse_prefill`: same arguments, same meaning, but no window.
+    """See `reference.sparse_prefill`: same arguments, same meaning, but no window and no FP8.
 
     Raises:
-        ValueError: arguments that do not fit together, or a window.
+        ValueError: arguments that do not fit together, a window, an FP8 cache or a scale of one.
     """
     left_out.check_window(mean_correction, window)
+    refuse_fp8(k_cache, v_cache, k_scale, v_scale)
     library = native()
     if library is None:
         return reference.sparse_prefill(
@@ -252,6 +258,7 @@ def paged_decode(
             softmax=softmax, phi=phi, flagged=flagged,
         )  # fmt: skip
     softmax_modes.check(softmax, phi, q.shape[1])
+    refuse_fp8(k_cache, v_cache)
     args = _Decode()
     out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
     args.softmax = softmax_modes.MODES.index(softmax)
@@ -330,6 +337,15 @@ def check_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:
         )
     check_cache(k_cache)
     _check_rows(q=q)
+
+
+def refuse_fp8(k_cache: torch.Tensor, v_cache: torch.Tensor, *scales: torch.Tensor | None) -> None:
+    """Raises ValueError for an FP8 cache, and for the scales that such a cache comes with."""
+    if FP8 in (k_cache.dtype, v_cache.dtype) or any(scale is not None for scale in scales):
+        raise ValueError(
+            "FP8 caches and their scales (k_scale, v_scale) are for GPUs; on a CPU keep the "
+            "cache in the query's dtype (--kv-cache-dtype auto), or use kernels.reference"
+        )
 
 
 def check_queries(q: torch.Tensor) -> None:

@@ -21,11 +21,12 @@ def write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """See `reference.write_kv`."""
-    if not k_cache.is_cpu:
-        return _gpu("write_kv").write_kv(key, value, k_cache, v_cache, slot_mapping)
-    cpu.write_kv(key, value, k_cache, v_cache, slot_mapping)
+    write = cpu.write_kv if k_cache.is_cpu else _gpu("write_kv").write_kv
+    write(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
 def sparse_prefill(
@@ -41,13 +42,20 @@ def sparse_prefill(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     mean_correction: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.sparse_prefill`."""
+    """See `reference.sparse_prefill`.
+
+    Raises:
+        ValueError: arguments that do not fit together, or that the CPU's kernel does not take.
+    """
     run = cpu.sparse_prefill if q.is_cpu else _gpu("sparse_prefill").sparse_prefill
     return run(
         q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices,
-        scale=scale, window=window, sinks=sinks, mean_correction=mean_correction, out=out,
+        scale=scale, window=window, sinks=sinks, mean_correction=mean_correction,
+        k_scale=k_scale, v_scale=v_scale, out=out,
     )  # fmt: skip
 
 
@@ -79,7 +87,8 @@ def paged_decode(
     if given:
         raise ValueError(
             f"paged_decode: {', '.join(sorted(given))} given for tensors on the CPU, whose kernel "
-            "takes one query a sequence and every key; leave it out, or use kernels.reference"
+            "takes one query a sequence, every key, and caches in the query's dtype; leave it out, "
+            "or use kernels.reference"
         )
     return cpu.paged_decode(
         q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out, **modes

@@ -11,36 +11,8 @@ import torch
 
 from . import left_out, softmax_modes
 from .block_indices import BLOCK, TILE, BlockIndices, num_tiles
-
-
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-) -> None:
-    """Store new keys and values in the paged cache.
-
-    Args:
-        key, value: [T, Hkv, D]; rows beyond the slot mapping are padding.
-        k_cache, v_cache: [num_pages, Hkv, page, D], written in place.
-        slot_mapping: int64 [T' <= T]; slot = page index * page + offset, negative: do not store.
-    """
-    keep = slot_mapping >= 0
-    slots = slot_mapping[keep]
-    page = k_cache.shape[2]
-    index = (slots // page, slice(None), slots % page)
-    k_cache[index] = key[: slot_mapping.numel()][keep]
-    v_cache[index] = value[: slot_mapping.numel()][keep]
-
-
-def gather_keys(k_cache: torch.Tensor, block_table_row: torch.Tensor, length: int) -> torch.Tensor:
-    """One sequence's first `length` rows of a paged cache: [Hkv, length, D], cache dtype."""
-    page = k_cache.shape[2]
-    pages = block_table_row[: -(-length // page)].long()
-    rows = k_cache[pages].transpose(0, 1)  # [Hkv, pages, page, D]
-    return rows.reshape(k_cache.shape[1], -1, k_cache.shape[3])[:, :length].contiguous()
+from .paged_cache import check_scales, gather_keys
+from .paged_cache import write_kv as write_kv
 
 
 def attend(
@@ -95,6 +67,8 @@ def sparse_prefill(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     mean_correction: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal attention of each sequence's new queries over the selected cached keys.
@@ -104,7 +78,8 @@ def sparse_prefill(
 
     Args:
         q: [T, H, D], the sequences after another.
-        k_cache, v_cache: [num_pages, Hkv, page, D]; H is a multiple of Hkv.
+        k_cache, v_cache: [num_pages, Hkv, page, D], in q's dtype or FP8 (`paged_cache`); H is a
+            multiple of Hkv.
         block_table: int32 [S, P], the pages of each sequence.
         query_start_loc: int32 [S + 1], first row of each sequence in q.
         seq_lens: int32 [S], keys of each sequence, its new ones included.
@@ -114,6 +89,8 @@ def sparse_prefill(
         sinks: fp32 [H], a logit of each head that takes part in every softmax without a value.
         mean_correction: blocks that a tile leaves out take part by their mean key and value, see
             `left_out.attend_means`; for selections whose columns do not repeat, and no window.
+        k_scale, v_scale: fp32, one element each: a key is what is stored times k_scale, a value
+            what is stored times v_scale; positive. None: 1.
         out: [T, H, D], written in place where given.
 
     Returns:
@@ -121,9 +98,10 @@ def sparse_prefill(
         sinks: 0 and the sink).
 
     Raises:
-        ValueError: mean correction with a window.
+        ValueError: mean correction with a window, or a scale that is not one number.
     """
     left_out.check_window(mean_correction, window)
+    check_scales(q.device, k_scale=k_scale, v_scale=v_scale)
     heads, group = q.shape[1], q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -131,8 +109,8 @@ def sparse_prefill(
     tile0 = 0
     for s, seq_len in enumerate(seq_lens.tolist()):
         begin, end = starts[s], starts[s + 1]
-        k = gather_keys(k_cache, block_table[s], seq_len)
-        v = gather_keys(v_cache, block_table[s], seq_len)
+        k = gather_keys(k_cache, block_table[s], seq_len, k_scale)
+        v = gather_keys(v_cache, block_table[s], seq_len, v_scale)
         for tile in range(num_tiles(end - begin)):
             rows = slice(begin + tile * TILE, min(begin + (tile + 1) * TILE, end))
             position = torch.arange(rows.start, rows.stop, device=q.device) - end + seq_len
@@ -170,6 +148,8 @@ def paged_decode(
     query_start_loc: torch.Tensor | None = None,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Exact attention of each sequence's last few queries over all its cached keys.
 
@@ -186,11 +166,13 @@ def paged_decode(
             queries stand at the end of their sequence, and see keys up to themselves.
         window: a query sees so many keys, itself included; None: all.
         sinks: fp32 [H], a logit beside those of the keys, whose value is 0; it counts in the lse.
+        k_scale, v_scale: as in `sparse_prefill`.
 
     Returns:
         out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf for a row without keys or sink.
     """
     softmax_modes.check(softmax, phi, q.shape[1])
+    check_scales(q.device, k_scale=k_scale, v_scale=v_scale)
     group = q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -203,8 +185,8 @@ def paged_decode(
         hidden = key > position[:, None]
         if window is not None:
             hidden |= key <= position[:, None] - window
-        k = gather_keys(k_cache, block_table[s], seq_len)
-        v = gather_keys(v_cache, block_table[s], seq_len)
+        k = gather_keys(k_cache, block_table[s], seq_len, k_scale)
+        v = gather_keys(v_cache, block_table[s], seq_len, v_scale)
         for head in range(q.shape[1]):
             # fp64 products, as in `attend`.
             scores = q[rows, head].double() @ k[head // group].double().T
@@ -242,6 +224,7 @@ def row_scores(
     squares: bool = False,
     columns: int = 0,
     by_heaviest: bool = False,
+    k_scale: torch.Tensor | None = None,
 ) -> RowScores:
     """Where the exact attention of a few rows of one sequence lies: in which blocks, which keys.
 
@@ -260,6 +243,7 @@ def row_scores(
         squares: give the sum of squares over the keys of each block as well.
         columns: how many columns M of each head to give, the most worth first; at most `seq_len`.
         by_heaviest: a column is worth its mass in its heaviest row instead.
+        k_scale: as in `sparse_prefill`.
 
     Returns:
         blocks [h, R, nb]: mass of each block, all NaN in a row with a logit that is not finite.
@@ -270,7 +254,7 @@ def row_scores(
     check_row_scores(q, k_cache, positions, base_from, seq_len, columns)
     blocks = -(-seq_len // BLOCK)
     group = q.shape[1] // k_cache.shape[1]
-    k = gather_keys(k_cache, block_table, seq_len)[heads // group].float()
+    k = gather_keys(k_cache, block_table, seq_len, k_scale)[heads // group].float()
     seen = torch.arange(seq_len, device=q.device) <= positions[:, None]
     scores = torch.einsum("rhd,hnd->hrn", q[:, heads].float() * scale, k)
     scores.masked_fill_(~seen, -torch.inf)
@@ -294,17 +278,22 @@ def row_scores(
 
 
 def block_means(
-    k_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, heads: torch.Tensor
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_len: int,
+    heads: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean key of each block of one sequence.
 
     Args:
         k_cache: [num_pages, Hkv, page, D]; block_table: int32 [P]; heads: int64 [h] KV heads.
+        k_scale: as in `sparse_prefill`.
 
     Returns:
         fp32 [h, nb, D]; the last block's mean is that of the keys it has.
     """
-    keys = gather_keys(k_cache, block_table, seq_len)[heads].float()
+    keys = gather_keys(k_cache, block_table, seq_len, k_scale)[heads].float()
     blocks = [part.mean(1) for part in keys.split(BLOCK, 1)] if seq_len else []
     return torch.stack(blocks, 1) if blocks else keys
 

@@ -15,13 +15,46 @@ from .backend import HEAD_SIZES
 from .plugin import BACKEND
 
 LEAST_CAPABILITY = (8, 0)
+FP8_CAPABILITY = (8, 9)
+CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
+
+
+def cache_problem(kv_cache_dtype: str | None, capability=None) -> str | None:
+    """Why no layer can have this cache and what to do, or None: it can.
+
+    Args:
+        capability: vLLM's DeviceCapability of the GPU, None: not known yet.
+    """
+    name = kv_cache_dtype or "auto"
+    given = f"--kv-cache-dtype {name}"
+    if name.endswith("per_token_head"):
+        return (
+            f"{given}: its scales of each token and head are not read by the sparse kernels; give "
+            "fp8, which has one scale a layer, or auto"
+        )
+    if name == "fp8_e5m2":
+        return (
+            f"{given}: vLLM's Triton backend, which writes the cache, stores e4m3 under that name; "
+            "give fp8"
+        )
+    if name not in CACHE_DTYPES:
+        return f"{given}: supported are {', '.join(CACHE_DTYPES)}"
+    if name.startswith("fp8") and capability is not None:
+        got = capability.major, capability.minor
+        if got < FP8_CAPABILITY:
+            return (
+                f"{given}: Triton reads FP8 from compute capability "
+                f"{'.'.join(map(str, FP8_CAPABILITY))} on, this GPU has "
+                f"{'.'.join(map(str, got))}; give auto"
+            )
+    return None
 
 
 class SparseCudaBackend(TritonAttentionBackend):
     """Dynamic sparse prefill on NVIDIA GPUs."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(CACHE_DTYPES)
 
     @staticmethod
     def get_name() -> str:
@@ -39,6 +72,19 @@ class SparseCudaBackend(TritonAttentionBackend):
         from .cuda_metadata import SparseCudaMetadataBuilder
 
         return SparseCudaMetadataBuilder
+
+    @classmethod
+    def validate_configuration(cls, **config) -> list[str]:
+        """vLLM's reasons against a configuration (none: supported), those of caches in full."""
+        reasons = super().validate_configuration(**config)
+        reasons = [reason for reason in reasons if reason != "kv_cache_dtype not supported"]
+        if "per-head quant scales not supported" in reasons:
+            reasons.append(
+                "FP8 scales of each head (attn_head in the checkpoint) are not read, one a layer "
+                "is: take a checkpoint with those"
+            )
+        problem = cache_problem(config["kv_cache_dtype"], config["device_capability"])
+        return reasons if problem is None else [*reasons, problem]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -10,9 +10,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
 from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+from vllm.v1.kv_cache_interface import KVQuantMode
 
 from . import log
 from .config import SECTION, SparseConfig
+from .cuda_backend import cache_problem
 from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import refuse_special
@@ -21,6 +23,7 @@ from .kernels.gpu import left_out
 from .kernels.gpu.block_means import PageSums, unit
 from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
 from .kernels.gpu.sparse_prefill import sparse_prefill
+from .kernels.paged_cache import FP8, check_scales
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
 from .planner.device import plan_on_device
@@ -43,6 +46,8 @@ def vllm_dense(
     indices: None,
     *,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """vLLM's Triton attention, which dense chunks go to; one sequence, the caches as ours."""
     out = torch.empty_like(q)
@@ -51,7 +56,8 @@ def vllm_dense(
         q=q, k=k_cache.transpose(1, 2), v=v_cache.transpose(1, 2), out=out,
         cu_seqlens_q=query_start_loc, max_seqlen_q=q.shape[0], seqused_k=seq_lens,
         max_seqlen_k=longest, softmax_scale=scale, causal=True, window_size=(-1, -1),
-        block_table=block_table, softcap=0, q_descale=None, k_descale=None, v_descale=None,
+        block_table=block_table, softcap=0, q_descale=None, k_descale=k_scale, v_descale=v_scale,
+        kv_quant_mode=KVQuantMode.NONE if k_scale is None else KVQuantMode.FP8_PER_TENSOR,
     )  # fmt: skip
     return out
 
@@ -90,6 +96,8 @@ class SparseCudaImpl(TritonAttentionImpl):
             # What stands for "none" here.
             **{k: v for k, v in special.items() if v not in (None, False, -1)},
         )
+        if problem := cache_problem(kv_cache_dtype):
+            raise ValueError(problem)
         num_kv_heads = num_kv_heads or num_heads
         super().__init__(
             num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window,
@@ -110,6 +118,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.most_seqs = scheduler.max_num_seqs
         self.page = vllm_config.cache_config.block_size or 16
         self.dtype = torch.get_default_dtype()
+        self.fp8 = kv_cache_dtype.startswith("fp8")
+        self.cache_dtype = FP8 if self.fp8 else self.dtype
+        # Our kernels take queries in the model's dtype; vLLM's takes them as well, beside FP8 keys.
+        self.supports_quant_query_input = False
         # A window of a few thousand tokens leaves little to leave out.
         self.always_dense = sliding_window is not None
         self.break_even = 0
@@ -127,7 +139,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.runtime = start(
             self.config,
             Model.of(vllm_config),
-            dtype=torch.get_default_dtype(),
+            dtype=self.dtype,
+            cache_dtype=self.cache_dtype,
             head_size=head_size,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
@@ -146,7 +159,17 @@ class SparseCudaImpl(TritonAttentionImpl):
         super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         self.prepare(kv_cache)
         if self.sums is not None:
-            self.sums.update(kv_cache[..., : self.head_size], slot_mapping)
+            self.sums.update(self._caches(kv_cache)[0], slot_mapping)
+
+    def _caches(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num_pages, Hkv, page, D] of vLLM's cache, which holds FP8 as bytes."""
+        if self.fp8 and kv_cache.dtype != FP8:
+            kv_cache = kv_cache.view(FP8)
+        return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
+
+    def _scales(self, layer) -> dict[str, torch.Tensor]:
+        """Of keys and values, on the device, as vLLM calibrated or loaded them."""
+        return {"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.fp8 else {}
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """Make room for the sums of pages, or say once that there is none.
@@ -158,21 +181,25 @@ class SparseCudaImpl(TritonAttentionImpl):
             return
         if not kv_cache.numel():  # vLLM measures memory
             return
-        k_cache = kv_cache[..., : self.head_size]
+        k_cache = self._caches(kv_cache)[0]
         pages, heads, page, size = k_cache.shape
         why = None
         if unit(page) is None:
             why = f"pages of {page} tokens are no part or multiple of {BLOCK}"
         elif k_cache.is_cuda:
-            need = pages * page // unit(page) * heads * size * k_cache.element_size()
+            need = pages * page // unit(page) * heads * size * self.dtype.itemsize
             if torch.cuda.is_current_stream_capturing():
                 why = "pages were first written inside a CUDA graph"
             elif torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
                 why = "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
         if why is None:
-            self.sums = PageSums(k_cache)
-            # Compiles the kernel, and writes nothing.
-            self.sums.update(k_cache, torch.full((2,), -1, device=k_cache.device))
+            self.sums = PageSums(k_cache, self.dtype)
+            # Compiles the kernels, and writes nothing.
+            on = k_cache.device
+            self.sums.update(k_cache, torch.full((2,), -1, device=on))
+            scale = torch.ones(1, device=on) if self.fp8 else None
+            table = torch.zeros(1, dtype=torch.int32, device=on)
+            self.sums.means(table, 1, torch.arange(heads, device=on), scale)
             return
         self.keeps_sums = False
         message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
@@ -196,7 +223,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         key and value were written by do_kv_cache_update.
         """
         if self.workspace is None:
-            self._prepare(layer.layer_name, query.device)
+            self._prepare(layer, query.device)
         if attn_metadata is None:  # vLLM measures memory: show it what planning will take
             if not self.always_dense:
                 need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
@@ -207,7 +234,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         segments = attn_metadata.segments
         if segments is None and attn_metadata.max_query_len == 1:
             tokens = attn_metadata.num_actual_tokens
-            self._decode(attn_metadata, query[:tokens], kv_cache, output[:tokens])
+            self._decode(layer, attn_metadata, query[:tokens], kv_cache, output[:tokens])
             return output
         if segments is None or self.always_dense:
             return super().forward(
@@ -217,9 +244,9 @@ class SparseCudaImpl(TritonAttentionImpl):
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
-                self._decode(segment.metadata, query[rows], kv_cache, output[rows])
+                self._decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
             elif segment.sparse:
-                self._sparse(segment, query[rows], kv_cache, output[rows])
+                self._sparse(layer, segment, query[rows], kv_cache, output[rows])
             else:
                 super().forward(
                     layer, query[rows], key[rows], value[rows], kv_cache, segment.metadata,
@@ -229,6 +256,7 @@ class SparseCudaImpl(TritonAttentionImpl):
 
     def _decode(
         self,
+        layer,
         metadata: TritonAttentionMetadata,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -236,8 +264,7 @@ class SparseCudaImpl(TritonAttentionImpl):
     ) -> None:
         paged_decode(
             query,
-            kv_cache[..., : self.head_size],
-            kv_cache[..., self.head_size :],
+            *self._caches(kv_cache),
             metadata.block_table,
             metadata.seq_lens,
             scale=self.scale,
@@ -249,13 +276,19 @@ class SparseCudaImpl(TritonAttentionImpl):
             window=self.window,
             sinks=self.sinks,
             workspace=self.workspace,
+            **self._scales(layer),
         )
 
     def _sparse(
-        self, segment: GpuSegment, query: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor
+        self,
+        layer,
+        segment: GpuSegment,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:
-        k_cache = kv_cache[..., : self.head_size]
-        v_cache = kv_cache[..., self.head_size :]
+        k_cache, v_cache = self._caches(kv_cache)
+        scales = self._scales(layer)
         where = segment.metadata
         # As wide as the longest sequence: room for means goes by it.
         table = where.block_table[:, : -(-max(segment.seq_lens) // k_cache.shape[2])]
@@ -270,26 +303,28 @@ class SparseCudaImpl(TritonAttentionImpl):
                 scale=self.scale,
                 coverage=self.config.coverage,
                 means=None if self.sums is None else self.sums.means,
+                k_scale=scales.get("k_scale"),
             )
             planned()
             sparse_prefill(
                 query, k_cache, v_cache, table, where.query_start_loc, where.seq_lens, indices,
                 scale=self.scale, sinks=self.sinks, mean_correction=self.config.mean_correction,
-                out=out.view_as(query),
+                out=out.view_as(query), **scales,
             )  # fmt: skip
         self.counters.add(indices, segment.query_lens, segment.seq_lens)
 
-    def _prepare(self, layer_name: str, device: torch.device) -> None:
+    def _prepare(self, layer, device: torch.device) -> None:
         """What a captured graph must find: patterns, phi, and room for decode."""
+        check_scales(device, **self._scales(layer))
         self.workspace = shared_workspace(device)
         self.workspace.reserve(self.head_size, device)
         if self.window is None:
-            self._find_patterns(layer_name)
+            self._find_patterns(layer.layer_name)
         if device.type == "cuda":  # the interpreter has nothing to compile
             warm_up(
-                device, self.dtype, self.num_heads, self.num_kv_heads, self.head_size, self.page,
-                self.longest, self.most_seqs, self._softmax(), self.window,
-                self.sinks is not None,
+                device, self.dtype, self.cache_dtype, self.num_heads, self.num_kv_heads,
+                self.head_size, self.page, self.longest, self.most_seqs, self._softmax(),
+                self.window, self.sinks is not None,
             )  # fmt: skip
 
     def _softmax(self) -> Softmax:

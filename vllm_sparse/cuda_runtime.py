@@ -14,6 +14,8 @@ from . import log
 from .config import SparseConfig
 from .kernels import BlockIndices
 from .kernels.block_indices import BLOCK, TILE
+from .kernels.gpu.launch import check_fp8
+from .kernels.paged_cache import FP8
 from .planner import device_break_even
 from .runtime import Model, Runtime, count_flagged, fit_patterns, fit_phi, say_active
 from .stats import STATS
@@ -101,25 +103,31 @@ def start(
     chunk: int,
     page: int,
     dense: device_break_even.Dense,
+    cache_dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> GpuRuntime:
     """The GpuRuntime for layers of one shape; heads are this rank's, `chunk` is the most tokens of
-    a step, `dense` is what runs below the break-even. Compiles what serving will launch, and logs
-    the start-up line.
+    a step, `dense` is what runs below the break-even, `cache_dtype` what the cache holds (None:
+    dtype). Compiles what serving will launch, and logs the start-up line.
 
     Raises:
-        ValueError: settings that do not fit the model.
+        ValueError: settings that do not fit the model, or an FP8 cache on a GPU that has none.
     """
     device = device or torch.device("cuda", torch.cuda.current_device())
+    if cache_dtype == FP8:
+        check_fp8(device)
     pattern_file = fit_patterns(config, model)
     fit_phi(config, model, pattern_file)
     shape = (dtype, head_size, num_heads, num_kv_heads)
     device_break_even.warm_up(
-        *shape, page=page, device=device, mean_correction=config.mean_correction
-    )
+        *shape, page=page, device=device, mean_correction=config.mean_correction,
+        cache_dtype=cache_dtype,
+    )  # fmt: skip
     break_even, source = config.break_even, "given"
     if break_even is None:
-        break_even = device_break_even.break_even(*shape, chunk, page, device, dense)
+        break_even = device_break_even.break_even(
+            *shape, chunk, page, device, dense, cache_dtype=cache_dtype
+        )
         source = "measured"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
     say_active(logger, config, break_even, source, f"Triton on {name}")

@@ -13,8 +13,9 @@ import triton
 import triton.language as tl
 
 from ..block_indices import BLOCK
+from ..paged_cache import FP8, check_scales
 from . import launch
-from .launch import DTYPES, Config, Target, kernel, unspecialized
+from .launch import DTYPES, Config, Target, caches, kernel, scale_types, unspecialized
 
 WARPS, STAGES = 4, 2
 
@@ -61,12 +62,13 @@ def _sum_pages(
     tl.store(sums + at, total.to(sums.dtype.element_ty), mask=d < D)
 
 
-@triton.jit(**unspecialized(("seq_len", "num_blocks"), ("table", "heads")))
+@triton.jit(**unspecialized(("seq_len", "num_blocks"), ("table", "heads", "k_scale")))
 def _block_means(
     source,  # the cache, or sums
     table,  # i32 [P]
     heads,  # i64 [h]
     means,  # fp32 [h, nb, D]
+    k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
     seq_len,
     kv_page: tl.int64,
     kv_head: tl.int64,
@@ -91,6 +93,8 @@ def _block_means(
     )
     count = tl.minimum(seq_len - block * 64, 64)
     mean = tl.sum(rows.to(tl.float32), 0) / count.to(tl.float32)
+    if k_scale is not None:
+        mean = mean * tl.load(k_scale)
     tl.store(means + (number.to(tl.int64) * num_blocks + block) * D + d, mean, mask=d < D)
 
 
@@ -98,43 +102,52 @@ def _shape(head_size: int, page: int) -> dict[str, int]:
     return {"PAGE": page, "D": head_size, "D_PADDED": triton.next_power_of_2(head_size)}
 
 
+_PREFIX = {torch.bfloat16: "", FP8: "e4m3-"}  # of a Config's name
 _STRIDES = {"kv_page": "i64", "kv_head": "i64", "kv_row": "i64"}
 
 
 @kernel(_sum_pages)
 def _sum_configs(target: Target) -> Iterator[Config]:
-    bf16 = f"*{DTYPES[torch.bfloat16]}"
-    signature = {
-        "k_cache": bf16, "sums": bf16, "slot_mapping": "*i64", "num_slots": "i32",
-        "num_heads": "i32", **_STRIDES,
-    }  # fmt: skip
-    for page in (16, 64):
-        constants = {**_shape(128, page), "UNIT": page}
-        aligned = frozenset(("k_cache", "sums", *_STRIDES))
-        yield Config(f"page{page}", constants, WARPS, STAGES, signature, True, aligned)
+    for cache in caches(target, torch.bfloat16):
+        signature = {
+            "k_cache": f"*{DTYPES[cache]}", "sums": f"*{DTYPES[torch.bfloat16]}",
+            "slot_mapping": "*i64", "num_slots": "i32", "num_heads": "i32", **_STRIDES,
+        }  # fmt: skip
+        for page in (16, 64):
+            constants = {**_shape(128, page), "UNIT": page}
+            aligned = frozenset(("k_cache", "sums", *_STRIDES))
+            name = f"{_PREFIX[cache]}page{page}"
+            yield Config(name, constants, WARPS, STAGES, signature, True, aligned)
 
 
 @kernel(_block_means)
 def _mean_configs(target: Target) -> Iterator[Config]:
-    signature = {
-        "source": f"*{DTYPES[torch.bfloat16]}", "table": "*i32", "heads": "*i64",
-        "means": "*fp32", "seq_len": "i32", "num_blocks": "i32", **_STRIDES,
-    }  # fmt: skip
-    for name, each in (("keys", 1), ("sums", 16)):
-        constants = {**_shape(128, 16), "UNIT": each}
-        aligned = frozenset(("source", "means", *_STRIDES))
-        yield Config(name, constants, WARPS, STAGES, signature, True, aligned)
+    for cache in caches(target, torch.bfloat16):
+        scales, no_scales = scale_types(cache, "k_scale")
+        for name, each in (("keys", 1), ("sums", 16)):
+            source = DTYPES[cache if name == "keys" else torch.bfloat16]
+            signature = {
+                "source": f"*{source}", "table": "*i32", "heads": "*i64", "means": "*fp32",
+                "seq_len": "i32", "num_blocks": "i32", **_STRIDES, **scales,
+            }  # fmt: skip
+            constants = {**_shape(128, 16), "UNIT": each, **no_scales}
+            aligned = frozenset(("source", "means", *_STRIDES))
+            name = f"{_PREFIX[cache]}{name}"
+            yield Config(name, constants, WARPS, STAGES, signature, True, aligned)
 
 
 class PageSums:
     """Sums of keys for each unit of a layer's cache, and the means of blocks from them.
 
+    Sums are of what is stored: an FP8 cache's scale comes in when means are made.
+
     Args:
         k_cache: [num_pages, Hkv, page, D].
-        dtype: what the sums are kept in; 1 / unit of the keys' own memory in their own dtype.
+        dtype: what the sums are kept in; 1 / unit of the keys' own memory in their own dtype, and
+            twice that in 16 bits where the keys are FP8, whose sums FP8 is too coarse for.
 
     Raises:
-        ValueError: pages that do not divide into blocks: see `unit`.
+        ValueError: pages that do not divide into blocks (see `unit`), or FP8 sums.
     """
 
     def __init__(self, k_cache: torch.Tensor, dtype: torch.dtype | None = None) -> None:
@@ -144,10 +157,13 @@ class PageSums:
             raise ValueError(
                 f"PageSums: got pages of {page} keys; a page must divide {BLOCK} or be a multiple"
             )
+        dtype = dtype or k_cache.dtype
+        if dtype == FP8:
+            raise ValueError(f"PageSums: got {dtype} for sums; give dtype the queries' or float32")
         self.unit = found
         self.page = page
         self.sums = torch.zeros(
-            pages * page // found, heads, size, dtype=dtype or k_cache.dtype, device=k_cache.device
+            pages * page // found, heads, size, dtype=dtype, device=k_cache.device
         )
 
     def update(self, k_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -160,29 +176,42 @@ class PageSums:
                 **launch.options(WARPS, STAGES),
             )  # fmt: skip
 
-    def means(self, block_table: torch.Tensor, seq_len: int, heads: torch.Tensor) -> torch.Tensor:
+    def means(
+        self,
+        block_table: torch.Tensor,
+        seq_len: int,
+        heads: torch.Tensor,
+        k_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """See `reference.block_means`."""
         per_page = self.page // self.unit
         row = self.sums.stride(0)
         strides = (per_page * row, self.sums.stride(1), row)
         size = self.sums.shape[2]
-        return _means(self.sums, strides, block_table, seq_len, heads, size, self.page, self.unit)
+        where = (block_table, seq_len, heads, size, self.page, self.unit)
+        return _means(self.sums, strides, *where, k_scale)
 
 
 def block_means(
-    k_cache: torch.Tensor, block_table: torch.Tensor, seq_len: int, heads: torch.Tensor
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_len: int,
+    heads: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `reference.block_means`: same arguments, same meaning; from the keys themselves."""
     page, size = k_cache.shape[2:]
-    return _means(k_cache, k_cache.stride()[:3], block_table, seq_len, heads, size, page, 1)
+    where = (block_table, seq_len, heads, size, page, 1)
+    return _means(k_cache, k_cache.stride()[:3], *where, k_scale)
 
 
-def _means(source, strides, table, seq_len, heads, size, page, each) -> torch.Tensor:
+def _means(source, strides, table, seq_len, heads, size, page, each, k_scale) -> torch.Tensor:
+    check_scales(source.device, k_scale=k_scale)
     blocks = -(-seq_len // BLOCK)
     means = heads.new_empty((heads.numel(), blocks, size), dtype=torch.float32)
     if means.numel():
         _block_means[(blocks, heads.numel())](
-            source, table, heads, means, seq_len, *strides, blocks, UNIT=each,
+            source, table, heads, means, k_scale, seq_len, *strides, blocks, UNIT=each,
             **_shape(size, page), **launch.options(WARPS, STAGES),
         )  # fmt: skip
     return means

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..paged_cache import FP8, check_scales
+
 # Files with Triton kernels, each of which fills its part of the table.
 MODULES = (
     "block_means",
@@ -43,6 +45,11 @@ class Target:
     warp_size: int
     shared_bytes: int  # that one program may have
 
+    @property
+    def fp8(self) -> bool:
+        """Whether its Triton converts float8_e4m3fn: NVIDIA's from 8.9 on, MI300 has other FP8."""
+        return self.backend == "cuda" and self.arch >= 89
+
 
 TARGETS = {
     target.name: target
@@ -62,6 +69,7 @@ DTYPES = {
     torch.int64: "i64",
     torch.uint8: "u8",
     torch.bool: "i1",
+    FP8: "fp8e4nv",
 }
 # What serving runs on; float32 is for the interpreter.
 SERVING_DTYPES = (torch.bfloat16, torch.float16)
@@ -146,6 +154,54 @@ def kernels() -> dict[str, Kernel]:
     for module in MODULES:
         importlib.import_module(f".{module}", __package__)
     return dict(sorted(_kernels.items()))
+
+
+def caches(target: Target, dtype: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What caches of serving hold for queries of a dtype; float16 is shown without FP8."""
+    return (dtype, FP8) if target.fp8 and dtype is torch.bfloat16 else (dtype,)
+
+
+def scale_types(cache: torch.dtype, *names: str) -> tuple[dict[str, str], dict[str, None]]:
+    """Of a Config with such a cache: what its scales add to the signature and the constants."""
+    return (dict.fromkeys(names, "*fp32"), {}) if cache == FP8 else ({}, dict.fromkeys(names))
+
+
+def named(dtype: torch.dtype, cache: torch.dtype) -> str:
+    """Queries and cache in a Config's name."""
+    return f"{DTYPES[dtype]}-e4m3" if cache == FP8 else DTYPES[dtype]
+
+
+def scales(
+    device: torch.device, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Both or none, which are the two forms of a kernel; where one is given, the other is 1."""
+    check_scales(device, k_scale=k_scale, v_scale=v_scale)
+    if k_scale is None and v_scale is None:
+        return None, None
+    one = _one(device)
+    return one if k_scale is None else k_scale, one if v_scale is None else v_scale
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones(1, device=device)
+
+
+def check_fp8(device: torch.device) -> None:
+    """Raises ValueError for a device whose Triton does not read FP8 caches (float8_e4m3fn)."""
+    if device.type == "cpu":  # the interpreter
+        return
+    if torch.version.hip:
+        got = "an AMD GPU, whose FP8 formats are others (fnuz on gfx942)"
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) >= (8, 9):
+            return
+        got = f"a GPU of compute capability {major}.{minor}"
+    raise ValueError(
+        f"FP8 KV cache: its float8_e4m3fn is read from compute capability 8.9 on, got {got}; use "
+        "--kv-cache-dtype auto"
+    )
 
 
 @cache

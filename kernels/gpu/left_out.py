@@ -15,8 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ..paged_cache import FP8
 from . import launch
-from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel, unspecialized
+from .launch import (
+    DTYPES,
+    HEAD_SIZES,
+    SERVING_DTYPES,
+    Config,
+    Target,
+    caches,
+    kernel,
+    named,
+    scale_types,
+    unspecialized,
+)
 from .pack_tiles import _is_in, _sequence_of
 from .prefill_tile import PAGE, _rows_of_keys
 
@@ -69,7 +81,8 @@ def _complete_means(
         numbers=("table_row", "num_blocks", "num_seqs", "num_heads"),
         pointers=(
             "k_means", "v_means", "lse", "block_table", "query_start_loc", "seq_lens",
-            "tile_offsets", "block_offsets", "blocks", "column_offsets", "columns",
+            "tile_offsets", "block_offsets", "blocks", "column_offsets", "columns", "k_scale",
+            "v_scale",
         ),
     )
 )  # fmt: skip
@@ -89,6 +102,8 @@ def _attend_left_out(
     blocks,  # i32, ascending
     column_offsets,  # i32 [tiles * H + 1]
     columns,  # i32, ascending
+    k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
+    v_scale,
     scale,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -139,6 +154,9 @@ def _attend_left_out(
     column_from = tl.load(column_offsets + row)
     column_end = tl.load(column_offsets + row + 1)
     cursor = column_from
+    # Means are of what is stored, as the keys that are taken away from them.
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
 
     top = tl.full([64], float("-inf"), tl.float32)  # in powers of two
     total = tl.zeros([64], tl.float32)
@@ -194,6 +212,8 @@ def _attend_left_out(
     sum_ = tl.where(changed, sum_, 1.0)
     out_at = token[:, None] * out_row + head.to(tl.int64) * out_head + d[None, :]
     mask = changed[:, None] & is_d
+    if v_scale is not None:
+        acc = acc * tl.load(v_scale)
     read = tl.load(out + out_at, mask=mask, other=0.0).to(tl.float32)
     joined = (read * keep[:, None] + acc * grow[:, None]) / sum_[:, None]
     tl.store(out + out_at, joined.to(out.dtype.element_ty), mask=mask)
@@ -239,6 +259,7 @@ def add_means(
     tile_offsets: torch.Tensor,
     lists: tuple[torch.Tensor, ...],
     scale: float,
+    scales: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
     """Merge the means of what the lists leave out into out [T, H, D] and lse [T, H], in place.
 
@@ -248,6 +269,7 @@ def add_means(
     Args:
         tile_offsets: int32 [S + 1], the first tile of each sequence.
         lists: block offsets, blocks, column offsets and columns, ascending (`_clean_lists`).
+        scales: of keys and values, see `launch.scales`.
 
     Raises:
         ValueError: heads larger than MAX_HEAD_SIZE.
@@ -272,8 +294,8 @@ def add_means(
     )  # fmt: skip
     _attend_left_out[(rows,)](
         q, k_cache, v_cache, means[0], means[1], out, lse, block_table, query_start_loc, seq_lens,
-        tile_offsets, *lists, float(scale), q.stride(0), q.stride(1), *strides, out.stride(0),
-        out.stride(1), block_table.stride(0), num_blocks, num_seqs, heads,
+        tile_offsets, *lists, *scales, float(scale), q.stride(0), q.stride(1), *strides,
+        out.stride(0), out.stride(1), block_table.stride(0), num_blocks, num_seqs, heads,
         **form, **launch.options(WARPS, STAGES),
     )  # fmt: skip
 
@@ -283,9 +305,9 @@ _KV_STRIDES = ("kv_page", "kv_head_stride", "kv_row")
 _STRIDES = ("q_row", "q_head", *_KV_STRIDES, "out_row", "out_head")
 
 
-def _common(name: str) -> dict[str, str]:
+def _common(cache: torch.dtype) -> dict[str, str]:
     return {
-        **dict.fromkeys(("k_cache", "v_cache"), f"*{name}"),
+        **dict.fromkeys(("k_cache", "v_cache"), f"*{DTYPES[cache]}"),
         **dict.fromkeys(("k_means", "v_means"), "*fp32"),
         **dict.fromkeys(("block_table", "seq_lens"), "*i32"),
         **dict.fromkeys(("table_row", "num_blocks"), "i32"),
@@ -293,14 +315,25 @@ def _common(name: str) -> dict[str, str]:
     }
 
 
+def _shown(target: Target) -> Iterator[tuple[torch.dtype, torch.dtype, int]]:
+    """(queries, cache, head size) of the configurations that stand for all."""
+    for dtype in SERVING_DTYPES:
+        for cache in caches(target, dtype):
+            # float16 compiles to the same code but for the types: one head size shows it.
+            sizes = _HEAD_SIZES if dtype is torch.bfloat16 else (128,)
+            yield from ((dtype, cache, size) for size in sizes)
+
+
 @kernel(_complete_means)
 def _mean_configs(target: Target) -> Iterator[Config]:
-    for head_size in _HEAD_SIZES:
+    for dtype, cache, head_size in _shown(target):
+        if dtype is not torch.bfloat16:
+            continue
         form = constants(head_size, group=4, page=PAGE)
         form = {name: form[name] for name in ("D", "D_PADDED", "PAGE")}
         aligned = frozenset(("k_cache", "v_cache", *_KV_STRIDES))
-        signature = _common(DTYPES[torch.bfloat16])
-        yield Config(f"d{head_size}", form, MEANS_WARPS, STAGES, signature, True, aligned)
+        name = f"e4m3-d{head_size}" if cache == FP8 else f"d{head_size}"
+        yield Config(name, form, MEANS_WARPS, STAGES, _common(cache), True, aligned)
 
 
 @kernel(_attend_left_out)
@@ -308,20 +341,17 @@ def _configs(target: Target) -> Iterator[Config]:
     lists = (
         "query_start_loc", "tile_offsets", "block_offsets", "blocks", "column_offsets", "columns",
     )  # fmt: skip
-    for dtype in SERVING_DTYPES:
-        for head_size in _HEAD_SIZES:
-            # float16 compiles to the same code but for the types: one head size shows it.
-            if dtype is not torch.bfloat16 and head_size != 128:
-                continue
-            name = DTYPES[dtype]
-            signature = {
-                **_common(name),
-                **dict.fromkeys(("q", "out"), f"*{name}"),
-                **dict.fromkeys(lists, "*i32"),
-                **dict.fromkeys(_STRIDES, "i64"),
-                **dict.fromkeys(("num_seqs", "num_heads"), "i32"),
-                "lse": "*fp32", "scale": "fp32",
-            }  # fmt: skip
-            form = constants(head_size, group=4, page=PAGE)
-            aligned = frozenset(("q", "k_cache", "v_cache", "out", *_STRIDES))
-            yield Config(f"{name}-d{head_size}", form, WARPS, STAGES, signature, True, aligned)
+    for dtype, cache, head_size in _shown(target):
+        scales, no_scales = scale_types(cache, "k_scale", "v_scale")
+        signature = {
+            **_common(cache),
+            **dict.fromkeys(("q", "out"), f"*{DTYPES[dtype]}"),
+            **dict.fromkeys(lists, "*i32"),
+            **dict.fromkeys(_STRIDES, "i64"),
+            **dict.fromkeys(("num_seqs", "num_heads"), "i32"),
+            **scales, "lse": "*fp32", "scale": "fp32",
+        }  # fmt: skip
+        form = constants(head_size, group=4, page=PAGE) | no_scales
+        aligned = frozenset(("q", "k_cache", "v_cache", "out", *_STRIDES))
+        name = f"{named(dtype, cache)}-d{head_size}"
+        yield Config(name, form, WARPS, STAGES, signature, True, aligned)

@@ -138,6 +138,7 @@ def _slots(device: torch.device, warps: int) -> int:
 def warm_up(
     device: torch.device,
     dtype: torch.dtype,
+    cache_dtype: torch.dtype,
     heads: int,
     kv_heads: int,
     head_size: int,
@@ -150,8 +151,9 @@ def warm_up(
 ) -> None:
     """Compile what decode steps of layers of this shape launch: one form for each power of two of
     sequences. `longest` is the most keys of a sequence."""
-    cache = torch.zeros(1, kv_heads, page, 2 * head_size, dtype=dtype, device=device)
+    cache = torch.zeros(1, kv_heads, page, 2 * head_size, device=device).to(cache_dtype)
     k_cache, v_cache = cache.chunk(2, -1)
+    k_scale = torch.ones(1, device=device) if cache_dtype != dtype else None
     phi = torch.zeros(heads, device=device) if softmax == "unified" else None
     sink = torch.zeros(heads, device=device) if sinks else None
     seqs = 1
@@ -160,7 +162,8 @@ def warm_up(
             torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
             torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device),
             torch.zeros(seqs, dtype=torch.int32, device=device), scale=1.0, softmax=softmax,
-            phi=phi, sinks=sink, window=window, workspace=shared_workspace(device),
+            phi=phi, sinks=sink, window=window, k_scale=k_scale, v_scale=k_scale,
+            workspace=shared_workspace(device),
         )  # fmt: skip
         if seqs >= most_seqs:
             return
@@ -193,8 +196,8 @@ def paged_decode(
     max_query_len: int = 1,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
-    k_scale: float = 1.0,
-    v_scale: float = 1.0,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     shared: torch.Tensor | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +205,6 @@ def paged_decode(
 
     Args:
         max_query_len: the most rows that a sequence has in q.
-        k_scale, v_scale: factors on the cached keys and values, of FP8 caches.
         shared: int32 [1] from `shared_prefix`: so many first keys are read once for the batch.
             Rows that leave the window of phi count in either part. Not with a window.
         workspace: kept by the caller from launch to launch; None: a new one, which costs a memset.
@@ -211,6 +213,7 @@ def paged_decode(
         ValueError: arguments that do not fit together.
     """
     out = check(q, k_cache, v_cache, out, None, scale)
+    scales = launch.scales(q.device, k_scale, v_scale)
     softmax_modes.check(softmax, phi, q.shape[1])
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}; give 1 or more keys, or None for all")
@@ -239,8 +242,8 @@ def paged_decode(
     if sinks is not None:
         sinks = sinks.float().contiguous()
     common = {
-        "scale": scale, "softmax": softmax, "phi": phi, "flagged": flagged, "k_scale": k_scale,
-        "v_scale": v_scale, "workspace": workspace,
+        "scale": scale, "softmax": softmax, "phi": phi, "flagged": flagged, "scales": scales,
+        "workspace": workspace,
     }  # fmt: skip
     prefix = None
     if shared is not None:
@@ -262,7 +265,7 @@ def paged_decode(
 
 def _launch(
     q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, *, tokens, causal,
-    scale, softmax, phi, flagged, k_scale, v_scale, workspace, window=None, sinks=None, prefix=None,
+    scale, softmax, phi, flagged, scales, workspace, window=None, sinks=None, prefix=None,
 ) -> None:  # fmt: skip
     heads, head_size = q.shape[1:]
     kv_heads, page = k_cache.shape[1:3]
@@ -288,7 +291,7 @@ def _launch(
         lse if flagged is None else flagged, prefix_out, prefix_lse, prefix_keys,
         block_table, query_start_loc, seq_lens,
         floats, floats[slices * made["D_PADDED"] :], arrivals,
-        scale, k_scale, v_scale, EVERY_KEY if window is None else window, slots, seqs,
+        *scales, scale, EVERY_KEY if window is None else window, slots, seqs,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
         **made, **launch.options(warps, stages),

@@ -15,7 +15,18 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel, unspecialized
+from .launch import (
+    DTYPES,
+    HEAD_SIZES,
+    SERVING_DTYPES,
+    Config,
+    Target,
+    caches,
+    kernel,
+    named,
+    scale_types,
+    unspecialized,
+)
 
 HALF = 64  # rows of each half; `block_indices.TILE`
 ROWS = 2 * HALF
@@ -72,7 +83,7 @@ def _entry(i, entries, first, plain_from, plain, count, DENSE: tl.constexpr):
         numbers=("window", "table_row", "num_heads"),
         pointers=(
             "lse", "sinks", "block_table", "query_start_loc", "seq_lens", "records",
-            "entry_offsets", "entries", "column_offsets", "columns",
+            "entry_offsets", "entries", "column_offsets", "columns", "k_scale", "v_scale",
         ),
     )
 )  # fmt: skip
@@ -91,9 +102,9 @@ def _sparse_prefill(
     entries,  # i32, 4 block + halves
     column_offsets,  # i32 [programs]; without lists the first plain block
     columns,  # i32, 4 position + halves
-    scale,
-    k_scale,
+    k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
     v_scale,
+    scale,
     window,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -152,13 +163,15 @@ def _sparse_prefill(
     n = tl.arange(0, KEYS)
     block_of = n // BLOCK
     half_bit = tl.where(in_b, 2, 1)
-    scale_log2 = scale * k_scale * 1.4426950408889634
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
+    scale_log2 = scale * 1.4426950408889634
 
     top = tl.full([2 * HALF], float("-inf"), tl.float32)
     total = tl.zeros([2 * HALF], tl.float32)
     if SINKS:
         # A logit without a value; in the unit of products, which have no scale yet.
-        top = tl.load(sinks + head) / (scale * k_scale)
+        top = tl.load(sinks + head) / scale
         total += 1.0
     acc = tl.zeros([2 * HALF, D_PADDED], tl.float32)
 
@@ -225,10 +238,11 @@ def _sparse_prefill(
         )  # fmt: skip
 
     some = total > 0
-    acc = acc * (v_scale / tl.where(some, total, 1.0))[:, None]
-    natural = top * (scale * k_scale) + tl.math.log2(tl.where(some, total, 1.0)) / (
-        1.4426950408889634
-    )
+    factor = 1.0 / tl.where(some, total, 1.0)
+    if v_scale is not None:
+        factor = factor * tl.load(v_scale)
+    acc = acc * factor[:, None]
+    natural = top * scale + tl.math.log2(tl.where(some, total, 1.0)) / 1.4426950408889634
     natural = tl.where(some, natural, float("-inf"))
     tl.store(
         out + token[:, None] * out_row + head.to(tl.int64)[:, None] * out_head + d[None, :],
@@ -242,7 +256,7 @@ SIGNATURE = {
     "out": "q", "lse": "*fp32", "sinks": "*fp32", "block_table": "*i32",
     "query_start_loc": "*i32", "seq_lens": "*i32", "records": "*i32", "entry_offsets": "*i32",
     "entries": "*i32", "column_offsets": "*i32", "columns": "*i32", "scale": "fp32",
-    "k_scale": "fp32", "v_scale": "fp32", "window": "i32", "table_row": "i32", "num_heads": "i32",
+    "window": "i32", "table_row": "i32", "num_heads": "i32",
 }  # fmt: skip
 STRIDES = (
     "q_row", "q_head", "kv_page", "kv_head_stride", "kv_row", "out_row", "out_head",
@@ -282,30 +296,34 @@ def warps_and_stages(target: Target, head_size: int) -> tuple[int, int]:
     return 8, 3 if head_size <= (128 if target.arch >= 90 else 64) else 2
 
 
+def _shown(target: Target) -> Iterator[tuple[torch.dtype, torch.dtype, int, str]]:
+    """(queries, cache, head size, form) of the configurations that stand for all."""
+    for dtype in SERVING_DTYPES:
+        for cache in caches(target, dtype):
+            for head_size in HEAD_SIZES:
+                for form in ("sparse", "dense", "sinks"):
+                    # float16 compiles to the same code but for the types: one head size shows it.
+                    if dtype is not torch.bfloat16 and (head_size != 128 or form != "sparse"):
+                        continue
+                    if form == "sinks" and head_size != 64:  # gpt-oss
+                        continue
+                    yield dtype, cache, head_size, form
+
+
 @kernel(_sparse_prefill)
 def configs(target: Target) -> Iterator[Config]:
-    for dtype in SERVING_DTYPES:
-        for head_size in HEAD_SIZES:
-            for form in ("sparse", "dense", "sinks"):
-                # float16 compiles to the same code but for the types: one head size shows it.
-                if dtype is not torch.bfloat16 and (head_size != 128 or form != "sparse"):
-                    continue
-                if form == "sinks" and head_size != 64:  # gpt-oss
-                    continue
-                warps, stages = warps_and_stages(target, head_size)
-                name = DTYPES[dtype]
-                signature = {x: f"*{name}" if t == "q" else t for x, t in SIGNATURE.items()}
-                signature |= dict.fromkeys(STRIDES, "i64")
-                signature |= dict.fromkeys(("q", "k_cache", "v_cache"), f"*{name}")
-                yield Config(
-                    f"{name}-d{head_size}-{form}",
-                    constants(
-                        target, head_size, group=4, page=PAGE, dense=form == "dense",
-                        sinks=form == "sinks",
-                    ),
-                    warps,
-                    stages,
-                    signature,
-                    serving=True,
-                    aligned=frozenset(("q", "k_cache", "v_cache", "out", *STRIDES)),
-                )  # fmt: skip
+    for dtype, cache, head_size, form in _shown(target):
+        warps, stages = warps_and_stages(target, head_size)
+        scales, no_scales = scale_types(cache, "k_scale", "v_scale")
+        signature = {x: f"*{DTYPES[dtype]}" if t == "q" else t for x, t in SIGNATURE.items()}
+        signature |= dict.fromkeys(STRIDES, "i64") | scales
+        signature["q"] = f"*{DTYPES[dtype]}"
+        signature |= dict.fromkeys(("k_cache", "v_cache"), f"*{DTYPES[cache]}")
+        made = constants(
+            target, head_size, group=4, page=PAGE, dense=form == "dense", sinks=form == "sinks"
+        )
+        yield Config(
+            f"{named(dtype, cache)}-d{head_size}-{form}", made | no_scales, warps, stages,
+            signature, serving=True,
+            aligned=frozenset(("q", "k_cache", "v_cache", "out", *STRIDES)),
+        )  # fmt: skip

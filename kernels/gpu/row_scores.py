@@ -14,8 +14,19 @@ import triton.language as tl
 
 from .. import reference
 from ..block_indices import BLOCK
+from ..paged_cache import FP8, check_scales
 from . import launch
-from .launch import DTYPES, HEAD_SIZES, Config, Target, kernel, unspecialized
+from .launch import (
+    DTYPES,
+    HEAD_SIZES,
+    Config,
+    Target,
+    caches,
+    kernel,
+    named,
+    scale_types,
+    unspecialized,
+)
 
 ROWS = 64
 WARPS, STAGES = 4, 2
@@ -23,7 +34,7 @@ COUNTS = unspecialized(
     numbers=("seq_len", "num_rows", "blocks_each", "num_columns"),
     pointers=(
         "table", "positions", "heads", "tops", "sums", "lse", "base_from", "blocks", "squares",
-        "worth", "columns", "column_mass",
+        "worth", "columns", "column_mass", "k_scale",
     ),
 )  # fmt: skip
 PROGRAMS = 1024  # that the keys are split over, all heads together
@@ -47,7 +58,7 @@ def _logits(
     page = tl.load(table + key // PAGE, mask=inside, other=0).to(tl.int64)
     at = page * kv_page + (key % PAGE).to(tl.int64) * kv_row
     k = tl.load(keys + at[None, :] + d[:, None], mask=inside[None, :] & (d < D)[:, None], other=0.0)
-    return tl.dot(q_tile, k, input_precision="ieee") * scale
+    return tl.dot(q_tile, k.to(q_tile.dtype), input_precision="ieee") * scale
 
 
 @triton.jit(**COUNTS)
@@ -62,6 +73,7 @@ def _row_sums(
     seq_len,
     num_rows,
     blocks_each,
+    k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
     scale,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -79,6 +91,8 @@ def _row_sums(
     m = tl.arange(0, 64)
     position = tl.load(positions + m, mask=m < num_rows, other=-1).to(tl.int32)
     q_tile = _load_rows(q, head, q_row, q_head, num_rows, D, D_PADDED)
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
     keys = k_cache + head // GROUP * kv_head
     top = tl.full([64], float("-inf"), tl.float32)
     total = tl.zeros([64], tl.float32)
@@ -117,6 +131,7 @@ def _block_scores(
     seq_len,
     num_rows,
     blocks_each,
+    k_scale,
     scale,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -138,6 +153,8 @@ def _block_scores(
     is_row = m < num_rows
     position = tl.load(positions + m, mask=is_row, other=-1).to(tl.int32)
     q_tile = _load_rows(q, head, q_row, q_head, num_rows, D, D_PADDED)
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
     keys = k_cache + head // GROUP * kv_head
     row_lse = tl.load(lse + number * 64 + m)
     row_lse = tl.where(row_lse == float("-inf"), 0.0, row_lse)
@@ -183,6 +200,7 @@ def _column_scores(
     seq_len,
     num_rows,
     num_columns,
+    k_scale,
     scale,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -202,6 +220,8 @@ def _column_scores(
     is_row = m < num_rows
     position = tl.load(positions + m, mask=is_row, other=-1).to(tl.int32)
     q_tile = _load_rows(q, head, q_row, q_head, num_rows, D, D_PADDED)
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
     i = tl.program_id(0) * 64 + tl.arange(0, 64)
     inside = i < num_columns
     key = tl.load(columns + number.to(tl.int64) * num_columns + i, mask=inside, other=0)
@@ -228,16 +248,21 @@ _COMMON = {
 _FP32 = "*fp32"
 
 
-def _configs(more: dict[str, str], use: str = "", **constants: object) -> Iterator[Config]:
+def _configs(
+    target: Target, more: dict[str, str], use: str = "", **constants: object
+) -> Iterator[Config]:
     # float16 compiles to the same code but for the types.
-    for head_size in HEAD_SIZES:
-        name = DTYPES[torch.bfloat16]
-        signature = _COMMON | more | {"q": f"*{name}", "k_cache": f"*{name}"}
-        aligned = {"q", "k_cache", *(k for k, v in signature.items() if v == "i64")}
-        yield Config(
-            f"{name}-d{head_size}{use}", {**_shape(head_size, 4, 16), **constants}, WARPS, STAGES,
-            signature, serving=True, aligned=frozenset(aligned),
-        )  # fmt: skip
+    dtype = torch.bfloat16
+    for cache in caches(target, dtype):
+        scales, no_scales = scale_types(cache, "k_scale")
+        for head_size in HEAD_SIZES:
+            signature = _COMMON | more | {"q": f"*{DTYPES[dtype]}", "k_cache": f"*{DTYPES[cache]}"}
+            aligned = {"q", "k_cache", *(k for k, v in signature.items() if v == "i64")}
+            yield Config(
+                f"{named(dtype, cache)}-d{head_size}{use}",
+                {**_shape(head_size, 4, 16), **constants, **no_scales}, WARPS, STAGES,
+                signature | scales, serving=True, aligned=frozenset(aligned),
+            )  # fmt: skip
 
 
 def _shape(head_size: int, group: int, page: int) -> dict[str, int]:
@@ -251,7 +276,7 @@ def _shape(head_size: int, group: int, page: int) -> dict[str, int]:
 
 @kernel(_row_sums)
 def _row_sums_configs(target: Target) -> Iterator[Config]:
-    yield from _configs({"tops": _FP32, "sums": _FP32, "blocks_each": "i32"})
+    yield from _configs(target, {"tops": _FP32, "sums": _FP32, "blocks_each": "i32"})
 
 
 @kernel(_block_scores)
@@ -259,15 +284,15 @@ def _block_scores_configs(target: Target) -> Iterator[Config]:
     more = {"lse": _FP32, "base_from": "*i64", "blocks": _FP32, "squares": _FP32, "worth": _FP32}
     more |= {"blocks_each": "i32"}
     # As the planner's probe, its samples and its last rows ask.
-    yield from _configs(more, "-probe", SQUARES=True, WORTH=0, BASE=False)
-    yield from _configs(more, "-sample", SQUARES=False, WORTH=1, BASE=True)
-    yield from _configs(more, "-last", SQUARES=False, WORTH=2, BASE=True)
+    yield from _configs(target, more, "-probe", SQUARES=True, WORTH=0, BASE=False)
+    yield from _configs(target, more, "-sample", SQUARES=False, WORTH=1, BASE=True)
+    yield from _configs(target, more, "-last", SQUARES=False, WORTH=2, BASE=True)
 
 
 @kernel(_column_scores)
 def _column_scores_configs(target: Target) -> Iterator[Config]:
     more = {"lse": _FP32, "base_from": "*i64", "columns": "*i64", "column_mass": _FP32}
-    yield from _configs(more | {"num_columns": "i32"}, BASE=True)
+    yield from _configs(target, more | {"num_columns": "i32"}, BASE=True)
 
 
 def row_scores(
@@ -283,9 +308,15 @@ def row_scores(
     squares: bool = False,
     columns: int = 0,
     by_heaviest: bool = False,
+    k_scale: torch.Tensor | None = None,
 ) -> reference.RowScores:
     """See `reference.row_scores`: same arguments, same meaning."""
     reference.check_row_scores(q, k_cache, positions, base_from, seq_len, columns)
+    check_scales(q.device, k_scale=k_scale)
+    if k_cache.dtype not in (q.dtype, FP8):
+        raise ValueError(
+            f"k_cache: got {k_cache.dtype} for q of {q.dtype}; give the same dtype, or {FP8}"
+        )
     rows, wanted, blocks = q.shape[0], heads.numel(), -(-seq_len // BLOCK)
     new = positions.new_empty
     shape = (wanted, rows, blocks)
@@ -301,20 +332,21 @@ def row_scores(
     splits = -(-blocks // each)
     given = (q, k_cache, block_table, positions, heads)
     strides = (*q.stride()[:2], *k_cache.stride()[:3])
+    scales = (k_scale, float(scale))
     options = {
         **_shape(q.shape[2], q.shape[1] // k_cache.shape[1], k_cache.shape[2]),
         **launch.options(WARPS, STAGES),
     }
     tops, sums = new((2, wanted, splits, ROWS), dtype=torch.float32)
     _row_sums[(splits, wanted)](
-        *given, tops, sums, seq_len, rows, each, float(scale), *strides, **options
+        *given, tops, sums, seq_len, rows, each, *scales, *strides, **options
     )
     lse = torch.logsumexp(tops + sums.log(), 1)
     worth = new((wanted, seq_len if columns else 1), dtype=torch.float32)
     base = positions if base_from is None else base_from
     has_base = base_from is not None
     _block_scores[(splits, wanted)](
-        *given, lse, base, mass, square, worth, seq_len, rows, each, float(scale), *strides,
+        *given, lse, base, mass, square, worth, seq_len, rows, each, *scales, *strides,
         SQUARES=squares, WORTH=(2 if by_heaviest else 1) if columns else 0, BASE=has_base,
         **options,
     )  # fmt: skip
@@ -325,7 +357,7 @@ def row_scores(
     column_mass = new((wanted, rows, columns), dtype=torch.float32)
     if columns:
         _column_scores[(-(-columns // 64), wanted)](
-            *given, lse, base, top, column_mass, seq_len, rows, columns, float(scale), *strides,
+            *given, lse, base, top, column_mass, seq_len, rows, columns, *scales, *strides,
             BASE=has_base, **options,
         )  # fmt: skip
     return reference.RowScores(mass, square if squares else None, top, column_mass)

@@ -6,6 +6,7 @@ import torch
 
 from ..block_indices import BLOCK, TILE, BlockIndices
 from ..left_out import check_window
+from ..paged_cache import FP8
 from . import launch, left_out, pack_tiles, prefill_tile
 
 NO_WINDOW = 1 << 30
@@ -25,6 +26,8 @@ def sparse_prefill(
     window: int | None = None,
     sinks: torch.Tensor | None = None,
     mean_correction: bool = False,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.sparse_prefill`: same arguments, same meaning.
@@ -37,6 +40,7 @@ def sparse_prefill(
     """
     check_window(mean_correction, window)
     out = check(q, k_cache, v_cache, out, indices, scale)
+    scales = launch.scales(q.device, k_scale, v_scale)
     for name, tensor in (
         ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),
     ):  # fmt: skip
@@ -72,7 +76,7 @@ def sparse_prefill(
     prefill_tile._sparse_prefill[(programs,)](
         q, k_cache, v_cache, out, lse, lse if sinks is None else sinks, block_table,
         query_start_loc, seq_lens, records, starts[0], entries, starts[1], columns,
-        float(scale), 1.0, 1.0, window,
+        *scales, float(scale), window,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
         **constants, **launch.options(warps, stages),
@@ -80,7 +84,7 @@ def sparse_prefill(
     if mean_correction and lists is not None:
         left_out.add_means(
             q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, offsets[0],
-            lists, scale,
+            lists, scale, scales,
         )  # fmt: skip
     return out, lse
 
@@ -165,11 +169,14 @@ def check(
     kv_heads, page = k_cache.shape[1:3]
     # float32 on the CPU is for the interpreter.
     dtypes = launch.SERVING_DTYPES if not q.is_cpu else tuple(launch.DTYPES)[:3]
-    if q.dtype not in dtypes or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
+    cached = k_cache.dtype
+    if q.dtype not in dtypes or cached not in (q.dtype, FP8) or v_cache.dtype != cached:
         raise ValueError(
             f"dtypes: got q {q.dtype}, k_cache {k_cache.dtype}, v_cache {v_cache.dtype}; "
-            f"give one of {', '.join(map(str, dtypes))} for all three"
+            f"give one of {', '.join(map(str, dtypes))} for all three, or {FP8} for both caches"
         )
+    if cached == FP8:
+        launch.check_fp8(q.device)
     if k_cache.shape != v_cache.shape or k_cache.shape[3] != head_size:
         raise ValueError(
             f"caches: got k {tuple(k_cache.shape)}, v {tuple(v_cache.shape)} for head size "

@@ -20,7 +20,18 @@ import triton
 import triton.language as tl
 
 from .decode_sums import HIGH, LOWEST_SUM, _join, _sums, _tiles_of_chunk
-from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel
+from .launch import (
+    DTYPES,
+    HEAD_SIZES,
+    SERVING_DTYPES,
+    Config,
+    Target,
+    caches,
+    kernel,
+    named,
+    scale_types,
+    unspecialized,
+)
 
 MAX_SPLITS = 128
 MAX_ROWS = 64
@@ -28,7 +39,7 @@ ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 
 
 # What changes from step to step compiles no code of its own.
-@triton.jit(do_not_specialize=["window", "slots", "num_seqs"])
+@triton.jit(**unspecialized(("window", "slots", "num_seqs"), ("k_scale", "v_scale")))
 def _split_decode(
     q,  # [T, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
@@ -47,9 +58,9 @@ def _split_decode(
     partial_acc,  # fp32 [S, tiles, splits, ROWS, D_PADDED]
     partial_sum,  # fp32 [2, S, tiles, splits, ROWS], bases and sums
     arrivals,  # i32 [S, tiles], 0 before and after
-    scale,
-    k_scale,
+    k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
     v_scale,
+    scale,
     window,
     slots,
     num_seqs,
@@ -115,13 +126,16 @@ def _split_decode(
         mask=is_out,
         other=0.0,
     )
+    # Bases are in the unit of q . stored key: with the keys' own scale they are logits.
+    if k_scale is not None:
+        scale = scale * tl.load(k_scale)
     base_of = tl.zeros([ROWS], tl.float32)
     if MODE == 2:
-        base_of = tl.load(phi + head, mask=is_row, other=0.0) / (scale * k_scale)
+        base_of = tl.load(phi + head, mask=is_row, other=0.0) / scale
     k_base = k_cache + kv_head.to(tl.int64) * kv_head_stride
     v_base = v_cache + kv_head.to(tl.int64) * kv_head_stride
     table = block_table + sequence.to(tl.int64) * table_row
-    scale_log2 = scale * k_scale * 1.4426950408889634
+    scale_log2 = scale * 1.4426950408889634
     begin_tile = tile0 + split * chunk
     end_tile = tl.minimum(begin_tile + chunk, tile0 + tiles)
 
@@ -198,21 +212,22 @@ def _split_decode(
             count = tl.sum(left.to(tl.int64), 0)
             if count > 0:
                 tl.atomic_add(flagged, count)
-        acc = acc * v_scale
+        if v_scale is not None:
+            acc = acc * tl.load(v_scale)
         if PREFIX:
             its_lse = tl.load(prefix_lse + row * num_heads + head, mask=is_row, other=float("-inf"))
-            its_lse = its_lse / (scale * k_scale)
+            its_lse = its_lse / scale
             its = tl.load(
                 prefix_out + (row * num_heads + head)[:, None] * D + d[None, :],
                 mask=is_out, other=0.0,
             )  # fmt: skip
             base, total, acc = _join(base, total, acc, its_lse, its, scale_log2)
         if SINKS:
-            sink = tl.load(sinks + head, mask=is_row, other=0.0) / (scale * k_scale)
+            sink = tl.load(sinks + head, mask=is_row, other=0.0) / scale
             base, total, acc = _join(base, total, acc, sink, tl.zeros_like(acc), scale_log2)
         some = total > 0
         acc = acc / tl.where(some, total, 1.0)[:, None]
-        natural = base * (scale * k_scale)
+        natural = base * scale
         natural += tl.math.log2(tl.where(some, total, 1.0)) / 1.4426950408889634
         natural = tl.where(some, natural, float("-inf"))
         tl.store(
@@ -227,8 +242,8 @@ SIGNATURE = {
     "lse": "*fp32", "sinks": "*fp32", "phi": "*fp32", "flagged": "*i64", "prefix_out": "*fp32",
     "prefix_lse": "*fp32", "prefix_keys": "*i32", "block_table": "*i32",
     "query_start_loc": "*i32", "seq_lens": "*i32", "partial_acc": "*fp32", "partial_sum": "*fp32",
-    "arrivals": "*i32", "scale": "fp32", "k_scale": "fp32", "v_scale": "fp32", "window": "i32",
-    "slots": "i32", "num_seqs": "i32", "table_row": "i32", "num_heads": "i32",
+    "arrivals": "*i32", "scale": "fp32", "window": "i32", "slots": "i32", "num_seqs": "i32",
+    "table_row": "i32", "num_heads": "i32",
 }  # fmt: skip
 STRIDES = (
     "q_row", "q_head", "kv_page", "kv_head_stride", "kv_row", "out_row", "out_head",
@@ -308,30 +323,32 @@ SHOWN = {
 }
 
 
+def _shown(target: Target) -> Iterator[tuple]:
+    """(queries, cache, head size, *form) of the configurations that stand for all."""
+    # The other head sizes and float16 compile to the same code but for sizes and types: some
+    # forms show them.
+    for (dtype, head_size), forms in SHOWN.items():
+        assert dtype in SERVING_DTYPES and head_size in HEAD_SIZES
+        for cache in caches(target, dtype):
+            yield from ((dtype, cache, head_size, *form) for form in FORMS if form[0] in forms)
+
+
 @kernel(_split_decode)
 def configs(target: Target) -> Iterator[Config]:
-    for dtype in SERVING_DTYPES:
-        for head_size in HEAD_SIZES:
-            for form, tokens, mode, more in FORMS:
-                # The other head sizes and float16 compile to the same code but for sizes and
-                # types: some forms show them.
-                if form not in SHOWN.get((dtype, head_size), ()):
-                    continue
-                made = constants(
-                    target, dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
-                    mode=mode, **more,
-                )  # fmt: skip
-                warps, stages = warps_and_stages(target, made["ROWS"], mode)
-                name = DTYPES[dtype]
-                signature = SIGNATURE | dict.fromkeys(STRIDES, "i64")
-                signature |= dict.fromkeys(("q", "k_cache", "v_cache", "out"), f"*{name}")
-                if form == "prefix":
-                    signature["out"] = "*fp32"
-                yield Config(
-                    f"{name}-d{head_size}-{form}", made, warps, stages, signature, serving=True,
-                    aligned=frozenset(
-                        key
-                        for key, kind in signature.items()
-                        if kind.startswith("*") or key in STRIDES
-                    ),
-                )  # fmt: skip
+    for dtype, cache, head_size, form, tokens, mode, more in _shown(target):
+        made = constants(
+            target, dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
+            mode=mode, **more,
+        )  # fmt: skip
+        warps, stages = warps_and_stages(target, made["ROWS"], mode)
+        scales, no_scales = scale_types(cache, "k_scale", "v_scale")
+        signature = SIGNATURE | dict.fromkeys(STRIDES, "i64")
+        signature |= dict.fromkeys(("q", "out"), f"*{DTYPES[dtype]}")
+        signature |= dict.fromkeys(("k_cache", "v_cache"), f"*{DTYPES[cache]}")
+        if form == "prefix":
+            signature["out"] = "*fp32"
+        aligned = (k for k, kind in signature.items() if kind.startswith("*") or k in STRIDES)
+        yield Config(
+            f"{named(dtype, cache)}-d{head_size}-{form}", made | no_scales, warps, stages,
+            signature | scales, serving=True, aligned=frozenset(aligned),
+        )  # fmt: skip

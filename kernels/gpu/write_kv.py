@@ -8,19 +8,34 @@ import torch
 import triton
 import triton.language as tl
 
+from ..paged_cache import FP8
 from . import launch
-from .launch import DTYPES, Config, Target, kernel, unspecialized
+from .launch import DTYPES, Config, Target, caches, kernel, named, scale_types, unspecialized
 
 WARPS, STAGES = 4, 2
 
 
-@triton.jit(**unspecialized(("num_heads",), ("slot_mapping",)))
+@triton.jit
+def _stored(new, scale, cache):
+    """What a cache stores of new rows: divided by the scale, and in FP8 at most 448 to a side."""
+    if scale is not None:
+        new = new.to(tl.float32) / tl.load(scale)
+    if cache.dtype.element_ty == tl.float8e4nv:
+        ALL: tl.constexpr = tl.PropagateNan.ALL
+        new = tl.minimum(new.to(tl.float32), 448.0, propagate_nan=ALL)
+        new = tl.maximum(new, -448.0, propagate_nan=ALL)
+    return new.to(cache.dtype.element_ty)
+
+
+@triton.jit(**unspecialized(("num_heads",), ("slot_mapping", "k_scale", "v_scale")))
 def _write_kv(
     key,  # [T, Hkv, D]
     value,
     k_cache,  # [pages, Hkv, PAGE, D]
     v_cache,
     slot_mapping,  # i64 [T']
+    k_scale,  # fp32 [1], None: 1
+    v_scale,
     key_row: tl.int64,
     key_head: tl.int64,
     value_row: tl.int64,
@@ -47,9 +62,17 @@ def _write_kv(
     there = (head < num_heads) & (d < D)
     page, row = slot // PAGE, slot % PAGE
     k = tl.load(key + token * key_row + head * key_head + d, mask=there)
-    tl.store(k_cache + page * k_page + row * k_row + head * k_head + d, k, mask=there)
+    tl.store(
+        k_cache + page * k_page + row * k_row + head * k_head + d,
+        _stored(k, k_scale, k_cache),
+        mask=there,
+    )
     v = tl.load(value + token * value_row + head * value_head + d, mask=there)
-    tl.store(v_cache + page * v_page + row * v_row + head * v_head + d, v, mask=there)
+    tl.store(
+        v_cache + page * v_page + row * v_row + head * v_head + d,
+        _stored(v, v_scale, v_cache),
+        mask=there,
+    )
 
 
 _STRIDES = (
@@ -69,14 +92,17 @@ def constants(heads: int, head_size: int, page: int) -> dict[str, int]:
 
 @kernel(_write_kv)
 def configs(target: Target) -> Iterator[Config]:
-    pointers = ("key", "value", "k_cache", "v_cache")
-    signature = dict.fromkeys(pointers, f"*{DTYPES[torch.bfloat16]}")
-    signature |= {"slot_mapping": "*i64", "num_heads": "i32"} | dict.fromkeys(_STRIDES, "i64")
-    # vLLM's own op writes the cache in serving.
-    yield Config(
-        "bf16-8x128", constants(8, 128, 16), WARPS, STAGES, signature, serving=False,
-        aligned=frozenset((*pointers, *_STRIDES)),
-    )  # fmt: skip
+    dtype, pointers = torch.bfloat16, ("key", "value", "k_cache", "v_cache")
+    for cache in caches(target, dtype):
+        scales, no_scales = scale_types(cache, "k_scale", "v_scale")
+        signature = dict.fromkeys(pointers[:2], f"*{DTYPES[dtype]}")
+        signature |= dict.fromkeys(pointers[2:], f"*{DTYPES[cache]}") | scales
+        signature |= {"slot_mapping": "*i64", "num_heads": "i32"} | dict.fromkeys(_STRIDES, "i64")
+        # vLLM's own op writes the cache in serving.
+        yield Config(
+            f"{named(dtype, cache)}-8x128", constants(8, 128, 16) | no_scales, WARPS, STAGES,
+            signature, serving=False, aligned=frozenset((*pointers, *_STRIDES)),
+        )  # fmt: skip
 
 
 def write_kv(
@@ -85,12 +111,18 @@ def write_kv(
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """See `reference.write_kv`: same arguments, same meaning.
 
     Raises:
-        ValueError: shapes that do not fit together, or rows that are not contiguous.
+        ValueError: shapes that do not fit together, rows that are not contiguous, or an FP8 cache
+            on a GPU that has none.
     """
+    if k_cache.dtype == FP8:
+        launch.check_fp8(k_cache.device)
+    scales = launch.scales(k_cache.device, k_scale, v_scale)
     tokens, (_, heads, page, head_size) = slot_mapping.numel(), k_cache.shape
     for name, new in (("key", key), ("value", value)):
         if new.shape[0] < tokens or new.shape[1:] != (heads, head_size) or new.stride(-1) != 1:
@@ -106,7 +138,7 @@ def write_kv(
     if not tokens:
         return
     _write_kv[(tokens,)](
-        key, value, k_cache, v_cache, slot_mapping, *key.stride()[:2], *value.stride()[:2],
+        key, value, k_cache, v_cache, slot_mapping, *scales, *key.stride()[:2], *value.stride()[:2],
         *k_cache.stride()[:3], *v_cache.stride()[:3], heads,
         **constants(heads, head_size, page), **launch.options(WARPS, STAGES),
     )  # fmt: skip

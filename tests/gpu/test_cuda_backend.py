@@ -70,6 +70,8 @@ def select(monkeypatch):
         {"use_kv_connector": True},
         {"block_size": 64},
         {"at": (8, 0)},
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e4m3", "at": (8, 9)},
     ],
     ids=str,
 )
@@ -88,7 +90,12 @@ def test_the_cuda_platform_selects_it(select, change):
         ({"use_mm_prefix": True}, "multimodal"),
         ({"head_size": 72}, "head_size not supported"),
         ({"dtype": torch.float32}, "dtype not supported"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8", "at": (8, 0)}, r"from compute capability 8.9 on, .* has 8.0"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "stores e4m3 under that name; give fp8"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "scales of each token and head are not read"),
+        ({"kv_cache_dtype": "int8_per_token_head"}, "scales of each token and head are not read"),
+        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4: supported are auto, "),
+        ({"use_per_head_quant_scales": True}, "FP8 scales of each head"),
         ({"at": (7, 5)}, "compute capability not supported"),
     ],
     ids=str,
@@ -116,7 +123,9 @@ def test_what_graphs_may_hold_is_declared():
 class Layer:
     """One layer of the CUDA backend on the CPU, step by step."""
 
-    def __init__(self, model: str, monkeypatch, **settings) -> None:
+    def __init__(
+        self, model: str, monkeypatch, *, kv_cache_dtype: str = "auto", **settings
+    ) -> None:
         self.config = EngineArgs(
             model=model, skip_tokenizer_init=True, dtype="float16", block_size=PAGE,
             max_num_batched_tokens=4096, additional_config={"sparse": settings},
@@ -130,12 +139,17 @@ class Layer:
             cuda_impl, "start",
             lambda *a, **k: cuda_runtime.start(*a, **k, device=torch.device("cpu")),
         )  # fmt: skip
-        monkeypatch.setattr(cuda_runtime.device_break_even, "warm_up", lambda *a, **k: None)
+        self.warm_ups: list[dict] = []
+        monkeypatch.setattr(
+            cuda_runtime.device_break_even, "warm_up", lambda *a, **k: self.warm_ups.append(k)
+        )
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.float16)
         try:
             with set_current_vllm_config(self.config):
-                self.impl = cuda_impl.SparseCudaImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
+                self.impl = cuda_impl.SparseCudaImpl(
+                    HEADS, SIZE, SIZE**-0.5, KV_HEADS, kv_cache_dtype=kv_cache_dtype
+                )
                 layers = {NAME: SimpleNamespace(impl=self.impl)}
                 monkeypatch.setattr(
                     cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers
@@ -149,21 +163,36 @@ class Layer:
         finally:
             torch.set_default_dtype(before)
         monkeypatch.setattr(cuda_impl, "get_tensor_model_parallel_rank", lambda: 0)
-        self.cache = torch.full((PAGES, KV_HEADS, PAGE, 2 * SIZE), torch.nan, dtype=torch.float16)
+        shape = (PAGES, KV_HEADS, PAGE, 2 * SIZE)
+        self.cache = torch.full(shape, torch.nan, dtype=torch.float16)
+        self.layer = SimpleNamespace(layer_name=NAME)
+        self.scales: dict[str, torch.Tensor] = {}
+        if kv_cache_dtype != "auto":
+            # Bytes, as vLLM has them; these are NaN.
+            self.cache = torch.full(shape, 0x7F, dtype=torch.uint8)
+            self.layer._k_scale, self.layer._v_scale = torch.tensor(0.03), torch.tensor(0.5)
+            self.scales = {"k_scale": self.layer._k_scale, "v_scale": self.layer._v_scale}
+
+    def caches(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
+        return cache[..., :SIZE], cache[..., SIZE:]
+
+    def want(self, query, table, starts, total, out=None) -> torch.Tensor:
+        given = (query, *self.caches(self.cache), table, starts, total, None)
+        return reference.sparse_prefill(*given, scale=SIZE**-0.5, out=out, **self.scales)[0]
 
     def _dense(self, impl, layer, query, key, value, cache, metadata, output, *scales):
         m = metadata
         rows = slice(0, m.num_actual_tokens)
         self.calls.append((m.num_actual_tokens, len(m.seq_lens)))
         assert m.max_query_len == int((m.query_start_loc[1:] - m.query_start_loc[:-1]).max())
-        reference.sparse_prefill(
-            query[rows], cache[..., :SIZE], cache[..., SIZE:], m.block_table, m.query_start_loc,
-            m.seq_lens, None, scale=impl.scale, out=output[rows],
-        )  # fmt: skip
+        assert cache is self.cache and layer is self.layer
+        self.want(query[rows], m.block_table, m.query_start_loc, m.seq_lens, output[rows])
         return output
 
     def _write(self, impl, layer, key, value, cache, slots):
-        reference.write_kv(key, value, cache[..., :SIZE], cache[..., SIZE:], slots)
+        assert layer is self.layer
+        reference.write_kv(key, value, *self.caches(cache), slots, **self.scales)
 
     def step(self, rows: list[tuple[int, int]], prompts=None, seed: int = 0):
         """(computed, new) tokens of each sequence, whose pages follow each other."""
@@ -177,12 +206,12 @@ class Layer:
             [i * each * PAGE + torch.arange(a, a + n) for i, (a, n) in enumerate(rows)]
         )
         for i, (computed, _) in enumerate(rows):
-            old = torch.randn(computed, 2 * SIZE, generator=generator).half()
-            position = torch.arange(computed)
-            self.cache[table[i, position // PAGE].long(), 0, position % PAGE] = old
+            old = torch.randn(computed, 1, 2 * SIZE, generator=generator).half()
+            before = i * each * PAGE + torch.arange(computed)
+            reference.write_kv(*old.chunk(2, -1), *self.caches(self.cache), before, **self.scales)
             self.impl.prepare(self.cache)
             if self.impl.sums is not None:
-                self.impl.sums.update(self.cache[..., :SIZE], i * each * PAGE + position)
+                self.impl.sums.update(self.caches(self.cache)[0], before)
         tokens = sum(new)
         query = torch.randn(tokens + 3, HEADS, SIZE, generator=generator).half()
         key, value = torch.randn(2, tokens, KV_HEADS, SIZE, generator=generator).half()
@@ -194,14 +223,9 @@ class Layer:
         )  # fmt: skip
         metadata = self.builder.build(0, common)
         out = torch.full_like(query, torch.nan)
-        named = SimpleNamespace(layer_name=NAME)
-        self.impl.do_kv_cache_update(named, key, value, self.cache, slots)
-        self.impl.forward(named, query, key, value, self.cache, metadata, out)
-        want, _ = reference.sparse_prefill(
-            query[:tokens], self.cache[..., :SIZE], self.cache[..., SIZE:], table, starts, total,
-            None, scale=SIZE**-0.5,
-        )  # fmt: skip
-        return out[:tokens], want, metadata
+        self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
+        self.impl.forward(self.layer, query, key, value, self.cache, metadata, out)
+        return out[:tokens], self.want(query[:tokens], table, starts, total), metadata
 
 
 @pytest.fixture
@@ -209,8 +233,9 @@ def layer(llama, monkeypatch):
     return lambda **settings: Layer(llama, monkeypatch, **settings)
 
 
-def test_a_mixed_step_is_cut_where_dense_and_sparse_meet(layer):
-    made = layer(coverage=1.0, break_even=200)
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_a_mixed_step_is_cut_where_dense_and_sparse_meet(layer, cache):
+    made = layer(coverage=1.0, break_even=200, kv_cache_dtype=cache)
     before = STATS.sparse_chunks, STATS.dense_chunks, STATS.decode_rows
     # Two decodes, a short prompt, a long chunk, a short one, speculated tokens of a long one.
     rows = [(300, 1), (7, 1), (0, 70), (180, 66), (0, 5), (250, 3)]
@@ -229,9 +254,11 @@ def test_a_mixed_step_is_cut_where_dense_and_sparse_meet(layer):
     assert STATS.keys_read - read == STATS.keys_causal - causal == HEADS * (244 + 246)
 
 
-def test_a_long_chunk_is_planned_and_read_sparsely(layer):
-    made = layer(coverage=0.5, break_even=0)
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_a_long_chunk_is_planned_and_read_sparsely(layer, cache):
+    made = layer(coverage=0.5, break_even=0, kv_cache_dtype=cache)
     out, want, metadata = made.step([(700, 130)])
+    assert made.impl.sums.sums.dtype == torch.float16
     assert made.calls == [] and metadata.segments[0].sparse
     assert not torch.equal(out, want) and out.isfinite().all()
     assert (out - want).abs().max() < 1.0
@@ -253,10 +280,11 @@ def phi_file(path, phi: float) -> str:
     return str(path)
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
 @pytest.mark.parametrize("softmax", ["online", "lazy", "unified"])
-def test_a_step_of_decodes_is_ours(layer, softmax, tmp_path):
+def test_a_step_of_decodes_is_ours(layer, softmax, cache, tmp_path):
     phi = {"patterns": phi_file(tmp_path / "phi.json", 0.0)} if softmax == "unified" else {}
-    made = layer(break_even=1000, softmax=softmax, **phi)
+    made = layer(break_even=1000, softmax=softmax, kv_cache_dtype=cache, **phi)
     out, want, metadata = made.step([(50, 1), (3, 1)])
     assert metadata.segments is None and made.calls == []
     torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
@@ -282,8 +310,7 @@ def test_dense_layers_are_vllms_whole(layer):
 def test_memory_for_planning_is_shown_while_vllm_measures(layer):
     made = layer(break_even=0)
     out = torch.full((4, HEADS, SIZE), torch.nan)
-    named = SimpleNamespace(layer_name=NAME)
-    made.impl.forward(named, out, None, None, torch.zeros(0), None, out)
+    made.impl.forward(made.layer, out, None, None, torch.zeros(0), None, out)
     assert (out == 0).all()
     short = cuda_runtime.workspace_bytes(8192, 32768, 32, 128)
     assert 2**25 < short < cuda_runtime.workspace_bytes(8192, 131072, 32, 128) < 2**30
@@ -337,8 +364,30 @@ def test_mean_correction_is_refused_for_large_heads(llama):
         ({"logits_soft_cap": 50.0}, "a logits soft cap of 50.0"),
         ({"kv_sharing_target_layer_name": "model.layers.1.attn"}, "KV shared with layer"),
         ({"chunk_lookback": 3}, "chunk_lookback = 3"),
+        ({"kv_cache_dtype": "fp8_per_token_head"}, "scales of each token and head are not read"),
     ],
 )
 def test_layers_are_refused_by_their_own_features(special, says):
     with pytest.raises(ValueError, match=says):
         cuda_impl.SparseCudaImpl(HEADS, SIZE, 0.125, KV_HEADS, **special)
+
+
+def test_queries_stay_in_the_models_dtype_and_fp8_scales_of_heads_are_refused(layer):
+    made = layer(break_even=0, kv_cache_dtype="fp8")
+    assert made.impl.supports_quant_query_input is False
+    made.layer._k_scale = torch.ones(KV_HEADS + 1)
+    with pytest.raises(ValueError, match="k_scale: got 2 entries"):
+        made.step([(0, 5)])
+
+
+def test_what_is_measured_and_compiled_at_start_has_the_caches_dtype(layer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        cuda_runtime.device_break_even, "break_even",
+        lambda *a, cache_dtype, **k: seen.append(cache_dtype) or 4096,
+    )  # fmt: skip
+    for cache, dtype in (("auto", torch.float16), ("fp8", torch.float8_e4m3fn)):
+        made = layer(kv_cache_dtype=cache)
+        assert made.impl.break_even == 4096 and seen.pop() == dtype
+        compiled = made.warm_ups[-1]
+        assert compiled["cache_dtype"] == dtype

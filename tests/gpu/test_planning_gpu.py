@@ -245,8 +245,8 @@ def test_planning_stays_on_its_device(patterns, rows, monkeypatch):
 
     made = []
     monkeypatch.setattr(device, "row_scores", scores)
-    monkeypatch.setattr(device, "block_means", lambda cache, table, length, heads: torch.empty(
-        len(heads), -(-length // 64), size, device=meta
+    monkeypatch.setattr(device, "block_means", lambda cache, table, length, heads, k_scale=None: (
+        torch.empty(len(heads), -(-length // 64), size, device=meta)
     ))  # fmt: skip
     monkeypatch.setattr(device, "index_lists_of", lambda *a: made.append(a))
     monkeypatch.setattr(device, "upload", lambda x, where: x.to(where))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -78,6 +78,18 @@ def make_case(
         seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
         scale=head_size**-0.5,
     )
+
+
+def in_fp8(case: Case, k_scale: float, v_scale: float) -> tuple[Case, Case]:
+    """The case with its caches as halves of one FP8 cache, and with what these stand for, in fp32.
+
+    With scales that are powers of two the second's keys are exact multiples of the first's.
+    """
+    both = torch.cat([case.k_cache.float() / k_scale, case.v_cache.float() / v_scale], -1)
+    both = both.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    k, v = both.chunk(2, -1)
+    stands_for = replace(case, k_cache=k.float() * k_scale, v_cache=v.float() * v_scale)
+    return replace(case, k_cache=k, v_cache=v), stands_for
 
 
 def one_list(blocks: list[int], columns: list[int]) -> BlockIndices:

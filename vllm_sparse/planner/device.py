@@ -45,8 +45,8 @@ from .samples import (
 )
 from .scores import Keys
 
-# Mean keys [Hkv, nb, D] of a sequence's blocks: block table row, length -> means.
-Means = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+# Mean keys [Hkv, nb, D] of a sequence's blocks: block table row, length, heads, k_scale -> means.
+Means = Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor | None], torch.Tensor]
 # Columns that heads [h] read in all tiles of a range: int32 or int64 [h, M], -1 for none.
 Columns = tuple[torch.Tensor, torch.Tensor]
 
@@ -58,14 +58,14 @@ class DeviceKeys(Keys):
 
     def score(self, queries, positions, heads, **wanted):
         where = (self.cache, self.table, positions, heads, self.length)
-        return row_scores(queries, *where, scale=self.scale, **wanted)
+        return row_scores(queries, *where, scale=self.scale, k_scale=self.k_scale, **wanted)
 
     def block_means(self, kv_heads: torch.Tensor) -> torch.Tensor:
         # Of all heads once, as telling which are wanted would take a look at the device.
         every = torch.arange(self.heads, device=kv_heads.device)
         if self.means is None:
-            return block_means(self.cache, self.table, self.length, every)[kv_heads]
-        return self.means(self.table, self.length, every)[kv_heads]
+            return block_means(self.cache, self.table, self.length, every, self.k_scale)[kv_heads]
+        return self.means(self.table, self.length, every, self.k_scale)[kv_heads]
 
 
 def plan_on_device(
@@ -79,11 +79,13 @@ def plan_on_device(
     scale: float,
     coverage: float,
     means: Means | None = None,
+    k_scale: torch.Tensor | None = None,
 ) -> BlockIndices:
     """See `plan_prefill`, which has the same meaning; the lengths are the host's here.
 
     Args:
         means: mean keys of blocks where they are kept (`PageSums.means`); None: from the keys.
+        k_scale: fp32 [1], a key is what is stored times this; None: 1.
     """
     parts, tiles, begin = [], [], 0
     for s, (query_len, seq_len) in enumerate(zip(query_lens, seq_lens, strict=True)):
@@ -93,7 +95,7 @@ def plan_on_device(
             every = chunk.causal[:, None].expand(-1, q.shape[1], -1)
             parts.append((every, None, chunk.last_key))
         else:
-            keys = DeviceKeys(k_cache, block_table[s], seq_len, scale)
+            keys = DeviceKeys(k_cache, block_table[s], seq_len, scale, k_scale)
             object.__setattr__(keys, "means", means)  # Keys is frozen
             queries = q[begin : begin + query_len]
             parts += _plan_chunk(chunk, queries, keys, tuple(patterns), coverage)

@@ -10,6 +10,7 @@ import torch
 
 from vllm_sparse import __version__
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
+from vllm_sparse.kernels.paged_cache import FP8
 from vllm_sparse.patterns import ADAPTIVE
 
 from .break_even import WORTH, cache_file, problem, settled
@@ -24,11 +25,13 @@ WARM_UP = 1024  # tokens: more than a plan takes for short
 def warm_up(
     dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, *, page: int,
     device: torch.device, length: int = WARM_UP, mean_correction: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Compile every kernel in the form that layers of this shape will launch it in."""
     shape = (dtype, head_size, num_heads, num_kv_heads)
     where = (page, device, sparse_prefill)
-    paths(*shape, length, length // 2 + 1, *where, mean_correction=mean_correction)[0]()
+    forms = {"mean_correction": mean_correction, "cache_dtype": cache_dtype}
+    paths(*shape, length, length // 2 + 1, *where, **forms)[0]()
 
 
 def break_even(
@@ -41,6 +44,7 @@ def break_even(
     device: torch.device,
     dense: Dense,
     *,
+    cache_dtype: torch.dtype | None = None,
     budget: float = 2.0,
     cache: Path | None = None,
 ) -> int:
@@ -48,13 +52,16 @@ def break_even(
 
     Args:
         dense: what runs below it, as `reference.sparse_prefill` without indices.
+        cache_dtype: what the cache holds, with scales where it is FP8; None: `dtype`.
     """
     cache = cache_file() if cache is None else cache
     name = torch.cuda.get_device_name(device)
     shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}, page {page}"
+    if cache_dtype not in (None, dtype):
+        shape += f", cache {cache_dtype}"
     key = f"{name}, {shape}, {__version__}"
-    shape = (dtype, head_size, num_heads, num_kv_heads)
-    return settled(cache, key, lambda: measure(*shape, chunk, page, device, dense, budget))
+    given = (dtype, head_size, num_heads, num_kv_heads, chunk, page, device, dense, budget)
+    return settled(cache, key, lambda: measure(*given, cache_dtype))
 
 
 def measure(
@@ -67,6 +74,7 @@ def measure(
     device: torch.device,
     dense: Dense,
     budget: float,
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[int, float]]:
     """(context length, sparse time / what is worth it), until one is below 1 or time is up.
 
@@ -77,7 +85,8 @@ def measure(
         if total + 4 * spent > budget:
             return
         shape = (dtype, head_size, num_heads, num_kv_heads)
-        sparse, other = paths(*shape, length, chunk, page, device, dense)
+        where = (page, device, dense)
+        sparse, other = paths(*shape, length, chunk, *where, cache_dtype=cache_dtype)
         sparse(), other()
         times = [(_timed(sparse), _timed(other)) for _ in range(3)]
         ratio = min(s for s, _ in times) / (WORTH * min(d for _, d in times))
@@ -100,24 +109,29 @@ def paths(
     dense: Dense,
     *,
     mean_correction: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> tuple[Callable[[], object], Callable[[], object]]:
     """The sparse and the dense path over the last `chunk` of `length` tokens."""
     made = problem(dtype, head_size, num_heads, num_kv_heads, length, chunk, page)
     q, k_cache, v_cache, *where = (x.to(device) for x in made)
-    both = torch.cat([k_cache, v_cache], -1)
+    both = torch.cat([k_cache, v_cache], -1).to(cache_dtype or dtype)
     caches = both.chunk(2, -1)
+    scales = {}
+    if both.dtype == FP8:
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), device=device))
+    k_scale = scales.get("k_scale")
     rows, scale = q.shape[0], head_size**-0.5
 
     def other() -> object:
-        return dense(q, *caches, *where, None, scale=scale)
+        return dense(q, *caches, *where, None, scale=scale, **scales)
 
     def sparse() -> object:
         indices = plan_on_device(
             q, caches[0], where[0], [rows], [length], (ADAPTIVE,) * num_heads, scale=scale,
-            coverage=0.95,
+            coverage=0.95, k_scale=k_scale,
         )  # fmt: skip
         return sparse_prefill(
-            q, *caches, *where, indices, scale=scale, mean_correction=mean_correction
+            q, *caches, *where, indices, scale=scale, mean_correction=mean_correction, **scales
         )
 
     return sparse, other

@@ -18,6 +18,7 @@ class Keys:
     table: torch.Tensor  # int32 [P]
     length: int
     scale: float
+    k_scale: torch.Tensor | None = None  # of caches that the GPU's kernels read
 
     @property
     def heads(self) -> int:
@@ -34,7 +35,7 @@ class Keys:
         self, queries: torch.Tensor, positions: torch.Tensor, kv_head: int
     ) -> torch.Tensor:
         """All of it, fp32 [R, g, n], for queries [R, g, D] of one KV head's heads."""
-        keys = gather_keys(self.cache[:, kv_head, None], self.table, self.length)[0]
+        keys = gather_keys(self.cache[:, kv_head, None], self.table, self.length, self.k_scale)[0]
         logits = queries.float() * self.scale @ keys.float().T
         hidden = torch.arange(self.length, device=logits.device) > positions[:, None]
         return torch.softmax(logits.masked_fill_(hidden[:, None], -torch.inf), -1)
