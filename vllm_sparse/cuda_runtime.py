@@ -22,8 +22,10 @@ from .stats import STATS
 
 logger = log.get_logger(__name__)
 
-PLAN_BYTES = 32  # for each tile, head and block: scores, levels, masks and lists at their largest
-KEY_BYTES = 16  # for each head and key: what a key is worth as a column, and its order
+PLAN_BYTES = 20  # for each tile, head and block: scores, masks and lists at their largest
+# For each head and key: what it is worth as a column, its order, and a 64th of what rows give its
+# block.
+KEY_BYTES = 28
 MOST_TIMERS = 4096
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "left_out",
     "pack_tiles",
     "prefill_tile",
+    "row_lse",
     "row_scores",
     "search_columns",
     "search_threshold",

@@ -27,6 +27,7 @@ from .launch import (
     scale_types,
     unspecialized,
 )
+from .row_lse import row_lse
 
 ROWS = 64
 WARPS, STAGES = 4, 2
@@ -183,6 +184,7 @@ def _block_scores(
             value = tl.max(p, 0)
             if WORTH == 1:
                 value = tl.sum(p, 0) - value
+            value = tl.where(value == value, value, 0.0)
             tl.store(worth + number.to(tl.int64) * seq_len + key, value, mask=key < seq_len)
 
 
@@ -341,7 +343,7 @@ def row_scores(
     _row_sums[(splits, wanted)](
         *given, tops, sums, seq_len, rows, each, *scales, *strides, **options
     )
-    lse = torch.logsumexp(tops + sums.log(), 1)
+    lse = row_lse(tops, sums)
     worth = new((wanted, seq_len if columns else 1), dtype=torch.float32)
     base = positions if base_from is None else base_from
     has_base = base_from is not None
@@ -350,10 +352,7 @@ def row_scores(
         SQUARES=squares, WORTH=(2 if by_heaviest else 1) if columns else 0, BASE=has_base,
         **options,
     )  # fmt: skip
-    if columns:
-        top = worth.nan_to_num(nan=0.0).topk(columns).indices
-    else:
-        top = new((wanted, 0), dtype=torch.int64)
+    top = worth.topk(columns).indices if columns else new((wanted, 0), dtype=torch.int64)
     column_mass = new((wanted, rows, columns), dtype=torch.float32)
     if columns:
         _column_scores[(-(-columns // 64), wanted)](

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from cases import make_case
@@ -9,7 +11,9 @@ from gpu_cases import ANY_DTYPE, FLOAT16, FLOAT32, HAS_GPU, caches_to_device, to
 from known_heads import SCALE, Heads, paged
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_sparse.kernels import reference
+from vllm_sparse.kernels import BlockIndices, reference
+from vllm_sparse.kernels.gpu import index_lists as index_lists_kernels
+from vllm_sparse.kernels.gpu import row_scores as row_scores_kernels
 from vllm_sparse.kernels.gpu.block_means import PageSums, block_means
 from vllm_sparse.kernels.gpu.index_lists import index_lists, index_lists_of
 from vllm_sparse.kernels.gpu.row_scores import row_scores
@@ -226,40 +230,69 @@ def test_the_host_does_not_look_between_queries_and_output(patterns):
         )  # fmt: skip
 
 
+class Launches(TorchDispatchMode):
+    """What is launched on torch's meta device, where Triton's kernels do nothing: an operand that
+    lies elsewhere, a look at a number and a CPU kernel are all errors there."""
+
+    # Make a tensor or another view of one.
+    FREE = (
+        "_unsafe_view", "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided",
+        "expand", "new_empty", "select", "slice", "split", "transpose", "unbind", "unsqueeze",
+        "view", "lift_fresh",
+    )  # fmt: skip
+
+    def __init__(self, monkeypatch) -> None:
+        super().__init__()
+        self.kernels, self.others = Counter(), Counter()
+
+        def run(function, *arguments, **_) -> None:
+            self.kernels[function.fn.__name__] += 1
+            tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+            assert {x.device.type for x in tensors} == {"meta"}, function.fn.__name__
+
+        monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
+        for module in (device, index_lists_kernels):
+            monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if name not in self.FREE and "meta" in str(getattr(result, "device", "meta")):
+            self.others[name] += 1
+        return result
+
+
+def planned_on_meta(patterns, rows: int, n: int, monkeypatch) -> tuple[BlockIndices, Launches]:
+    """A plan for 6 heads of 64, the second of two, as what lasts is made in the first."""
+    meta = torch.device("meta")
+    q = torch.empty(rows, 6, 64, dtype=torch.bfloat16, device=meta)
+    cache = torch.empty(-(-n // 16), 2, 16, 64, dtype=torch.bfloat16, device=meta)
+    table = torch.zeros(1, -(-n // 16), dtype=torch.int32, device=meta)
+    where = dict(scale=0.1, coverage=0.95)
+    for _ in range(2):
+        with Launches(monkeypatch) as launches:
+            indices = plan_on_device(q, cache, table, [rows], [n], patterns, **where)
+    return indices, launches
+
+
 @pytest.mark.parametrize("rows", [30, 64, 200])
 @pytest.mark.parametrize("patterns", [[ADAPTIVE] * 6, FIXED], ids=["adaptive", "fixed"])
 def test_planning_stays_on_its_device(patterns, rows, monkeypatch):
-    """With stand-ins for the kernels on torch's meta device: an operand that lies elsewhere, a look
-    at a number and a CPU kernel are all errors there."""
-    meta, n, size = torch.device("meta"), 1000, 64
+    indices, launches = planned_on_meta(patterns, rows, 1000, monkeypatch)
+    tiles = -(-rows // 64)
+    assert indices.block_offsets.shape == indices.column_offsets.shape == (tiles * 6 + 1,)
+    for name in ("block_offsets", "blocks", "column_offsets", "columns"):
+        assert getattr(indices, name).device.type == "meta"
+    assert launches.kernels["_index_lists"] == 2 * (1 if rows <= 64 else 3)
 
-    def scores(q, cache, table, positions, heads, length, *, columns=0, squares=False, **wanted):
-        shape = (len(heads), q.shape[0], -(-length // 64))
-        mass = torch.empty(shape, device=meta)
-        return reference.RowScores(
-            mass,
-            mass if squares else None,
-            torch.empty(len(heads), columns, dtype=torch.int64, device=meta),
-            torch.empty(len(heads), q.shape[0], columns, device=meta),
-        )
 
-    made = []
-    monkeypatch.setattr(device, "row_scores", scores)
-    monkeypatch.setattr(device, "block_means", lambda cache, table, length, heads, k_scale=None: (
-        torch.empty(len(heads), -(-length // 64), size, device=meta)
-    ))  # fmt: skip
-    monkeypatch.setattr(device, "index_lists_of", lambda *a: made.append(a))
-    monkeypatch.setattr(device, "upload", lambda x, where: x.to(where))
-    q = torch.empty(rows, 6, size, dtype=torch.bfloat16, device=meta)
-    cache = torch.empty(70, 2, 16, size, dtype=torch.bfloat16, device=meta)
-    table = torch.zeros(1, 70, dtype=torch.int32, device=meta)
-    plan_on_device(q, cache, table, [rows], [n], patterns, scale=0.1, coverage=0.95)
-    ((parts, tiles),) = made
-    assert tiles == [-(-rows // 64)] and sum(len(mask) for mask, _, _ in parts) == tiles[0]
-    for mask, columns, last_key in parts:
-        assert mask.shape[1:] == (6, 16) and mask.dtype == torch.bool
-        assert last_key.shape == mask.shape[:1] and columns.shape[:2] == mask.shape[:2]
-        assert {x.device.type for x in (mask, columns, last_key)} == {"meta"}
+# (Triton's, torch's). Launching takes the host some microseconds each time, and an 8K chunk of a
+# layer at 128K should take 2 ms; the same steps in plain torch would be 596 launches.
+@pytest.mark.parametrize("rows, most", [(8192, (30, 11)), (200, (32, 21)), (64, (9, 4))])
+def test_a_layers_plan_is_few_launches(rows, most, monkeypatch):
+    _, launches = planned_on_meta([ADAPTIVE] * 6, rows, 32768, monkeypatch)
+    assert launches.kernels.total() <= most[0], launches.kernels
+    assert launches.others.total() <= most[1], launches.others
 
 
 @pytest.mark.skipif(HAS_GPU, reason="as above")

@@ -62,10 +62,14 @@ class DeviceKeys(Keys):
 
     def block_means(self, kv_heads: torch.Tensor) -> torch.Tensor:
         # Of all heads once, as telling which are wanted would take a look at the device.
-        every = torch.arange(self.heads, device=kv_heads.device)
+        return self.all_block_means()[kv_heads]
+
+    def all_block_means(self) -> torch.Tensor:
+        """fp32 [Hkv, nb, D]"""
+        every = _on_device(tuple(range(self.heads)), torch.int64, self.cache.device)
         if self.means is None:
-            return block_means(self.cache, self.table, self.length, every, self.k_scale)[kv_heads]
-        return self.means(self.table, self.length, every, self.k_scale)[kv_heads]
+            return block_means(self.cache, self.table, self.length, every, self.k_scale)
+        return self.means(self.table, self.length, every, self.k_scale)
 
 
 def plan_on_device(
@@ -190,6 +194,8 @@ def _joined(parts: list[Columns], heads: int, tiles: int) -> torch.Tensor | None
     """Columns of all heads in a range of tiles that read the same: int32 [T, H, M]."""
     if not parts:
         return None
+    if len(parts) == 1 and len(parts[0][0]) == heads:
+        return parts[0][1].expand(tiles, -1, -1)
     width = max(position.shape[1] for _, position in parts)
     joined = torch.full((heads, width), -1, dtype=torch.int32, device=parts[0][0].device)
     for index, position in parts:
@@ -218,8 +224,13 @@ def _tile_means(queries: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
 
 def _pooled_scores(queries: torch.Tensor, keys: DeviceKeys, heads: torch.Tensor) -> torch.Tensor:
     group = queries.shape[1] // keys.heads
-    pooled_k = keys.block_means(heads // group)
-    return block_sparse.scores(_tile_means(queries, heads), pooled_k, keys.scale)
+    pooled_q = _tile_means(queries, heads)
+    if len(heads) < queries.shape[1]:
+        return block_sparse.scores(pooled_q, keys.block_means(heads // group), keys.scale)
+    # All heads: one product for each KV head, whose means need no copies.
+    grouped = pooled_q.view(keys.heads, -1, pooled_q.shape[2])
+    score = block_sparse.scores(grouped, keys.all_block_means(), keys.scale)
+    return score.view(len(heads), pooled_q.shape[1], -1)
 
 
 def _adaptive(
