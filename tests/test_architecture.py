@@ -25,8 +25,8 @@ VLLM_FILES = {
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "compat", "cpu_platform", "log", "backend", "metadata", "impl", "metrics",
-        "cuda_backend", "cuda_metadata", "cuda_impl", "check", "needle", "linear", "models",
-        "cpu_offload.connector", "cpu_offload.kv_spec",
+        "cuda_backend", "cuda_dense", "cuda_metadata", "cuda_impl", "check", "needle", "linear",
+        "models", "cpu_offload.connector", "cpu_offload.kv_spec",
     )
 }  # fmt: skip
 RAY_FILES = {"vllm_sparse.cpu_offload.actor", "vllm_sparse.cpu_offload.pool"}
@@ -35,7 +35,7 @@ SERVING = tuple(
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "cpu_platform", "compat", "log", "config", "backend", "metadata", "impl",
-        "cuda_backend", "cuda_metadata", "cuda_impl", "cuda_runtime",
+        "cuda_backend", "cuda_dense", "cuda_metadata", "cuda_impl", "cuda_runtime",
         "metrics", "cpu_offload", "search", "linear", "models", "report", "check", "cli",
     )
 )  # fmt: skip

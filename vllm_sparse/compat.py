@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
@@ -116,6 +117,32 @@ class LegacyLayout:
     @staticmethod
     def get_kv_cache_stride_order(include_num_layers_dimension: bool = False) -> tuple[int, ...]:
         return (0, 1, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
+
+
+def flash_attention(head_size: int) -> tuple[Callable, int] | None:
+    """vLLM's `flash_attn_varlen_func` and the version of it that layers of this head size get.
+
+    None where vLLM itself would not take FlashAttention 2 or 3 first: on compute capability 10 it
+    takes FlashInfer, and FlashAttention 4 wants pages of its own size.
+
+    The names are those of 0.29 and later; before, there may be others, and the answer is None.
+    """
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if not current_platform.is_cuda() or capability is None or capability.major == 10:
+        return None
+    try:
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,
+            get_flash_attn_version,
+        )
+
+        version = get_flash_attn_version(head_size=head_size)
+    except (ImportError, TypeError) as error:
+        logger.debug("No FlashAttention of vLLM's: %s", error)
+        return None
+    return (flash_attn_varlen_func, version) if version in (2, 3) else None
 
 
 def worker_cores(threads: int) -> list[int] | None:

@@ -9,12 +9,11 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
-from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-from vllm.v1.kv_cache_interface import KVQuantMode
 
 from . import log
 from .config import SECTION, SparseConfig
 from .cuda_backend import cache_problem
+from .cuda_dense import flash_for, triton_dense
 from .cuda_metadata import GpuSegment, SparseCudaMetadata
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import refuse_special
@@ -34,32 +33,6 @@ logger = log.get_logger(__name__)
 
 # Memory that keeping sums of pages must leave free: they are not part of what vLLM counts.
 SPARE_BYTES = 2 << 30
-
-
-def vllm_dense(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    indices: None,
-    *,
-    scale: float,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """vLLM's Triton attention, which dense chunks go to; one sequence, the caches as ours."""
-    out = torch.empty_like(q)
-    longest = block_table.shape[1] * k_cache.shape[2]
-    unified_attention(
-        q=q, k=k_cache.transpose(1, 2), v=v_cache.transpose(1, 2), out=out,
-        cu_seqlens_q=query_start_loc, max_seqlen_q=q.shape[0], seqused_k=seq_lens,
-        max_seqlen_k=longest, softmax_scale=scale, causal=True, window_size=(-1, -1),
-        block_table=block_table, softcap=0, q_descale=None, k_descale=k_scale, v_descale=v_scale,
-        kv_quant_mode=KVQuantMode.NONE if k_scale is None else KVQuantMode.FP8_PER_TENSOR,
-    )  # fmt: skip
-    return out
 
 
 class SparseCudaImpl(TritonAttentionImpl):
@@ -122,6 +95,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.cache_dtype = FP8 if self.fp8 else self.dtype
         # Our kernels take queries in the model's dtype; vLLM's takes them as well, beside FP8 keys.
         self.supports_quant_query_input = False
+        self.flash = flash_for(
+            head_size, num_heads, num_kv_heads, self.page, self.dtype, self.cache_dtype,
+            sinks is not None, torch.get_default_device(),
+        )  # fmt: skip
         # A window of a few thousand tokens leaves little to leave out.
         self.always_dense = sliding_window is not None
         self.break_even = 0
@@ -146,7 +123,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             num_kv_heads=num_kv_heads,
             chunk=self.chunk,
             page=vllm_config.cache_config.block_size or 16,
-            dense=vllm_dense,
+            dense=self.flash or triton_dense,
         )
         self.break_even = self.runtime.break_even
         self.counters = self.runtime.counters
@@ -237,10 +214,11 @@ class SparseCudaImpl(TritonAttentionImpl):
             self._decode(layer, attn_metadata, query[:tokens], kv_cache, output[:tokens])
             return output
         if segments is None or self.always_dense:
-            return super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, output, output_scale,
-                output_block_scale,
-            )  # fmt: skip
+            tokens = attn_metadata.num_actual_tokens
+            rows = slice(0, tokens)
+            given = (query[rows], key, value, kv_cache, output[rows])
+            self._dense(layer, attn_metadata, *given)
+            return output
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
@@ -248,11 +226,28 @@ class SparseCudaImpl(TritonAttentionImpl):
             elif segment.sparse:
                 self._sparse(layer, segment, query[rows], kv_cache, output[rows])
             else:
-                super().forward(
-                    layer, query[rows], key[rows], value[rows], kv_cache, segment.metadata,
-                    output[rows],
-                )  # fmt: skip
+                given = (query[rows], key[rows], value[rows], kv_cache, output[rows])
+                self._dense(layer, segment.metadata, *given)
         return output
+
+    def _dense(
+        self,
+        layer,
+        metadata: TritonAttentionMetadata,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        if self.flash is None:
+            super().forward(layer, query, key, value, kv_cache, metadata, out)
+            return
+        self.flash.attend(
+            query, *self._caches(kv_cache), metadata.block_table, metadata.query_start_loc,
+            metadata.seq_lens, scale=self.scale, longest_query=metadata.max_query_len,
+            longest=metadata.max_seq_len, window=self.window, out=out.view_as(query),
+        )  # fmt: skip
 
     def _decode(
         self,

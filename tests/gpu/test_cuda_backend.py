@@ -1,28 +1,21 @@
-"""The CUDA backend: how vLLM's CUDA platform selects it, and its steps on the CPU.
-
-No GPU is here: the platform is told that its capability is 9.0, the kernels are interpreted, and
-reference attention stands in for vLLM's own, which does not run without a GPU.
-"""
+"""The CUDA backend's steps on the CPU: the kernels are interpreted, and reference attention stands
+in for vLLM's own, which does not run without a GPU."""
 
 from __future__ import annotations
 
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from gpu_cases import HAS_GPU
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
-from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
-from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime, plugin
-from vllm_sparse.cuda_backend import SparseCudaBackend
+from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime
+from vllm_sparse.cuda_dense import Flash
 from vllm_sparse.kernels import reference
 from vllm_sparse.patterns import PatternFile
 from vllm_sparse.stats import STATS
@@ -31,93 +24,6 @@ pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is on
 
 NAME = "model.layers.0.self_attn.attn"
 HEADS, KV_HEADS, SIZE, PAGE, PAGES = 2, 1, 64, 16, 120
-
-
-@pytest.fixture
-def select(monkeypatch):
-    """Path of the class that vLLM's CUDA platform selects."""
-    # vLLM's CUDA platform imports its compiled ops, which a CPU build has not.
-    for name in ("vllm._C", "vllm._C_stable_libtorch", "vllm._moe_C"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    from vllm.platforms.cuda import CudaPlatformBase
-
-    plugin.register()
-    member = AttentionBackendEnum["SPARSE"]
-    monkeypatch.setattr(type(member), "get_class", lambda self: SparseCudaBackend)
-    capability = [9, 0]
-    monkeypatch.setattr(
-        CudaPlatformBase, "get_device_capability",
-        classmethod(lambda cls, device_id=0: DeviceCapability(*capability)),
-    )  # fmt: skip
-
-    def run(at: tuple[int, int] = (9, 0), **change) -> str:
-        capability[:] = at
-        config = AttentionSelectorConfig(
-            head_size=128, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=None
-        )
-        return CudaPlatformBase.get_attn_backend_cls(member, config._replace(**change), num_heads=4)
-
-    return run
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {},
-        {"dtype": torch.float16},
-        {"has_sink": True},
-        {"has_sliding_window": True},
-        {"use_kv_connector": True},
-        {"block_size": 64},
-        {"at": (8, 0)},
-        {"kv_cache_dtype": "fp8"},
-        {"kv_cache_dtype": "fp8_e4m3", "at": (8, 9)},
-    ],
-    ids=str,
-)
-def test_the_cuda_platform_selects_it(select, change):
-    fields = AttentionSelectorConfig._fields
-    if missing := set(change) - {*fields, "at"}:
-        pytest.skip(f"this vLLM's selection knows no {missing}")
-    assert select(**change) == plugin.CUDA_BACKEND_PATH
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        ({"use_mla": True}, "MLA not supported"),
-        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
-        ({"use_mm_prefix": True}, "multimodal"),
-        ({"head_size": 72}, "head_size not supported"),
-        ({"dtype": torch.float32}, "dtype not supported"),
-        ({"kv_cache_dtype": "fp8", "at": (8, 0)}, r"from compute capability 8.9 on, .* has 8.0"),
-        ({"kv_cache_dtype": "fp8_e5m2"}, "stores e4m3 under that name; give fp8"),
-        ({"kv_cache_dtype": "fp8_per_token_head"}, "scales of each token and head are not read"),
-        ({"kv_cache_dtype": "int8_per_token_head"}, "scales of each token and head are not read"),
-        ({"kv_cache_dtype": "nvfp4"}, "--kv-cache-dtype nvfp4: supported are auto, "),
-        ({"use_per_head_quant_scales": True}, "FP8 scales of each head"),
-        ({"at": (7, 5)}, "compute capability not supported"),
-    ],
-    ids=str,
-)
-def test_the_cuda_platform_is_refused_what_it_cannot_run(select, change, says):
-    with pytest.raises(ValueError, match=says):
-        select(**change)
-
-
-def test_on_cuda_the_member_leads_to_the_cuda_backend(monkeypatch):
-    from vllm_sparse import compat
-
-    asked = []
-    monkeypatch.setattr(compat, "backend_member", lambda *a: asked.append(a) or SimpleNamespace())
-    monkeypatch.setattr("vllm.platforms.current_platform.is_cuda", lambda: True, raising=False)
-    plugin.sparse_member()
-    assert asked == [("SPARSE", plugin.CUDA_BACKEND_PATH)]
-
-
-def test_what_graphs_may_hold_is_declared():
-    builder = SparseCudaBackend.get_builder_cls()
-    assert builder._cudagraph_support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
 class Layer:
@@ -265,6 +171,25 @@ def test_a_long_chunk_is_planned_and_read_sparsely(layer, cache):
     read, causal = STATS.keys_read, STATS.keys_causal
     made.impl.counters.settle()
     assert 0 < STATS.keys_read - read < STATS.keys_causal - causal
+
+
+def test_dense_chunks_go_to_flash_attention_where_vllm_has_it(layer, monkeypatch):
+    calls = []
+
+    def attend(self, q, *where, out, **given):
+        calls.append((len(q), given["longest_query"], given["longest"], given["window"]))
+        reference.sparse_prefill(q, *where, None, scale=given["scale"], out=out)
+
+    monkeypatch.setattr(Flash, "attend", attend)
+    monkeypatch.setattr(cuda_impl, "flash_for", lambda *a: Flash(attend, 3))
+    made = layer(coverage=1.0, break_even=200)
+    rows = [(300, 1), (0, 70), (180, 66), (0, 5), (250, 3)]
+    out, want, _ = made.step(rows, [False, True, True, True, False])
+    torch.testing.assert_close(out, want, rtol=4e-3, atol=4e-3)
+    out, want, _ = made.step([(0, 90)])
+    torch.testing.assert_close(out, want)
+    assert calls == [(70, 70, 70, None), (8, 5, 253, None), (90, 90, 90, None)]
+    assert made.calls == []  # nothing is left to vLLM's Triton kernel
 
 
 def test_steps_that_are_not_long_are_vllms_whole(layer):

@@ -209,10 +209,10 @@ class NoLook(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("patterns", [[ADAPTIVE] * 6, FIXED], ids=["adaptive", "fixed"])
+@pytest.mark.parametrize("patterns", [[ADAPTIVE] * 2, FIXED], ids=["adaptive", "fixed"])
 def test_the_host_does_not_look_between_queries_and_output(patterns):
     n, rows = 700, 150
-    case = make_case([rows], [n], heads=6, kv_heads=2, dtype=ANY_DTYPE)
+    case = make_case([rows], [n], heads=len(patterns), kv_heads=2, dtype=ANY_DTYPE)
     on = caches_to_device(case)
     where = dict(scale=case.scale, coverage=0.95)
 

@@ -59,7 +59,7 @@ def break_even(
     shape = f"{dtype}, {num_heads}/{num_kv_heads} heads of {head_size}, chunk {chunk}, page {page}"
     if cache_dtype not in (None, dtype):
         shape += f", cache {cache_dtype}"
-    key = f"{name}, {shape}, {__version__}"
+    key = f"{name}, {shape}, against {dense.__name__}, {__version__}"
     given = (dtype, head_size, num_heads, num_kv_heads, chunk, page, device, dense, budget)
     return settled(cache, key, lambda: measure(*given, cache_dtype))
 
