@@ -14,7 +14,7 @@ from . import log
 from .config import SECTION, SparseConfig
 from .cuda_backend import cache_problem
 from .cuda_dense import flash_for, triton_dense
-from .cuda_metadata import GpuSegment, SparseCudaMetadata
+from .cuda_metadata import GpuSegment, SparseCudaMetadata, decode_rows
 from .cuda_runtime import Counters, start, workspace_bytes
 from .impl import refuse_special
 from .kernels.block_indices import BLOCK
@@ -90,6 +90,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.longest = vllm_config.model_config.max_model_len
         self.most_seqs = scheduler.max_num_seqs
         self.page = vllm_config.cache_config.block_size or 16
+        self.most_rows = decode_rows(vllm_config)
         self.dtype = torch.get_default_dtype()
         self.fp8 = kv_cache_dtype.startswith("fp8")
         self.cache_dtype = FP8 if self.fp8 else self.dtype
@@ -209,7 +210,7 @@ class SparseCudaImpl(TritonAttentionImpl):
                 torch.empty(need, dtype=torch.uint8, device=query.device)
             return output.fill_(0)
         segments = attn_metadata.segments
-        if segments is None and attn_metadata.max_query_len == 1:
+        if segments is None and attn_metadata.decodes:
             tokens = attn_metadata.num_actual_tokens
             self._decode(layer, attn_metadata, query[:tokens], kv_cache, output[:tokens])
             return output
@@ -268,6 +269,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             phi=self.phi,
             flagged=None if self.phi is None else self.runtime.flagged,
             query_start_loc=metadata.query_start_loc,
+            max_query_len=metadata.max_query_len,
             window=self.window,
             sinks=self.sinks,
             workspace=self.workspace,
@@ -319,7 +321,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             warm_up(
                 device, self.dtype, self.cache_dtype, self.num_heads, self.num_kv_heads,
                 self.head_size, self.page, self.longest, self.most_seqs, self._softmax(),
-                self.window, self.sinks is not None,
+                self.window, self.sinks is not None, self.most_rows,
             )  # fmt: skip
 
     def _softmax(self) -> Softmax:

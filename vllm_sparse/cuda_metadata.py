@@ -30,29 +30,33 @@ class GpuSegment:
     query_lens: list[int]  # [S]
     seq_lens: list[int]  # [S], new tokens included
     metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
-    decodes: bool  # one row each
+    decodes: bool  # one row each, or one and the tokens speculated after it
     sparse: bool  # False: vLLM's own kernels attend
 
 
 @dataclass
 class SparseCudaMetadata(TritonAttentionMetadata):
-    """vLLM's, and how the step is cut where some of it is sparse (None: all of it is vLLM's)."""
+    """vLLM's, and how the step is cut where some of it is sparse (None: it is not cut).
+
+    decodes: a step that is not cut is all decoding.
+    """
 
     segments: list[GpuSegment] | None = None
+    decodes: bool = False
 
 
 class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
     """Adds the segments to vLLM's metadata, and counts the step."""
 
-    # A batch of single rows is all vLLM's Triton kernels, which a graph can hold. Where prompts
-    # are read, what is launched depends on lengths: piecewise graphs leave attention out.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = (
-        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
-    )
+    # Decoding is one kernel whose launch follows from the batch's shape, so that a graph can hold
+    # it, speculated tokens with it; it is exact, whatever rows of a prompt vLLM replays it for.
+    # Where prompts are planned, launches depend on lengths: piecewise graphs leave attention out.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
+        self.most_rows = decode_rows(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
         impls = [layer.impl for layer in self.layers]
@@ -100,11 +104,13 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
                 n > 1 and prompts[i] and seq_lens[i] >= self.break_even
                 for i, n in enumerate(query_lens)
             ]
+        decodes = [
+            n == 1 or (n <= self.most_rows and not prompts[i]) for i, n in enumerate(query_lens)
+        ]
         if self.counts:
-            self._count(query_lens, sparse)
+            self._count(query_lens, sparse, decodes)
         if not any(sparse):
-            return SparseCudaMetadata(**fields)
-        decodes = [n == 1 for n in query_lens]
+            return SparseCudaMetadata(**fields, decodes=all(decodes))
         kinds = list(zip(sparse, decodes, strict=True))
         cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
         segments = [
@@ -112,6 +118,16 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             for a, b in itertools.pairwise([0, *cuts, num_seqs])
         ]
         return SparseCudaMetadata(**fields, segments=segments)
+
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> SparseCudaMetadata:
+        """Of a batch that decodes, whatever vLLM says of its made-up rows: a plan made for one
+        step's lengths must not be what a graph replays."""
+        decoding = torch.zeros(common_attn_metadata.num_reqs, dtype=torch.bool)
+        return super().build_for_cudagraph_capture(
+            replace(common_attn_metadata, is_prefilling=decoding)
+        )
 
     def _segment(
         self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes
@@ -130,13 +146,19 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         )
         return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
 
-    def _count(self, query_lens: list[int], sparse: list[bool]) -> None:
-        chunks = [n for n in query_lens if n > 1]
+    def _count(self, query_lens: list[int], sparse: list[bool], decodes: list[bool]) -> None:
+        chunks = [n for n, decode in zip(query_lens, decodes, strict=True) if not decode]
         self.reporter.step(decode_only=not chunks)
-        STATS.decode_rows += len(query_lens) - len(chunks)
+        STATS.decode_rows += sum(query_lens) - sum(chunks)
         STATS.prefill_tokens += sum(chunks)
         STATS.sparse_chunks += sum(sparse)
         STATS.dense_chunks += len(chunks) - sum(sparse)
+
+
+def decode_rows(vllm_config) -> int:
+    """Most rows of a sequence that decodes: a token, and those that were speculated after it."""
+    speculative = vllm_config.speculative_config
+    return 1 + ((speculative and speculative.num_speculative_tokens) or 0)
 
 
 def host_lengths(common: CommonAttentionMetadata) -> list[int]:
@@ -148,4 +170,10 @@ def host_lengths(common: CommonAttentionMetadata) -> list[int]:
     return known.tolist()
 
 
-__all__ = ["GpuSegment", "SparseCudaMetadata", "SparseCudaMetadataBuilder", "host_lengths"]
+__all__ = [
+    "GpuSegment",
+    "SparseCudaMetadata",
+    "SparseCudaMetadataBuilder",
+    "decode_rows",
+    "host_lengths",
+]

@@ -148,9 +148,11 @@ def warm_up(
     softmax: softmax_modes.Softmax,
     window: int | None,
     sinks: bool,
+    most_rows: int = 1,
 ) -> None:
     """Compile what decode steps of layers of this shape launch: one form for each power of two of
-    sequences. `longest` is the most keys of a sequence."""
+    sequences, and for each number of rows up to `most_rows` of one (vLLM speculates fewer tokens at
+    times). `longest` is the most keys of a sequence."""
     cache = torch.zeros(1, kv_heads, page, 2 * head_size, device=device).to(cache_dtype)
     k_cache, v_cache = cache.chunk(2, -1)
     k_scale = torch.ones(1, device=device) if cache_dtype != dtype else None
@@ -158,13 +160,14 @@ def warm_up(
     sink = torch.zeros(heads, device=device) if sinks else None
     seqs = 1
     while True:
-        paged_decode(
-            torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
-            torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device),
-            torch.zeros(seqs, dtype=torch.int32, device=device), scale=1.0, softmax=softmax,
-            phi=phi, sinks=sink, window=window, k_scale=k_scale, v_scale=k_scale,
-            workspace=shared_workspace(device),
-        )  # fmt: skip
+        for rows in range(1, most_rows + 1):
+            paged_decode(
+                torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
+                torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device),
+                torch.zeros(seqs, dtype=torch.int32, device=device), scale=1.0, softmax=softmax,
+                phi=phi, sinks=sink, window=window, k_scale=k_scale, v_scale=k_scale,
+                max_query_len=rows, workspace=shared_workspace(device),
+            )  # fmt: skip
         if seqs >= most_seqs:
             return
         seqs *= 2

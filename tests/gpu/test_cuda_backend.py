@@ -30,12 +30,20 @@ class Layer:
     """One layer of the CUDA backend on the CPU, step by step."""
 
     def __init__(
-        self, model: str, monkeypatch, *, kv_cache_dtype: str = "auto", **settings
+        self,
+        model: str,
+        monkeypatch,
+        *,
+        kv_cache_dtype: str = "auto",
+        speculated: int = 0,
+        **settings,
     ) -> None:
         self.config = EngineArgs(
             model=model, skip_tokenizer_init=True, dtype="float16", block_size=PAGE,
             max_num_batched_tokens=4096, additional_config={"sparse": settings},
         ).create_engine_config()  # fmt: skip
+        if speculated:
+            self.config.speculative_config = SimpleNamespace(num_speculative_tokens=speculated)
         self.calls: list[tuple[int, int]] = []  # (rows, sequences) of each call of vLLM's own
         # Functions, as a bound method would not be given the impl.
         monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *a: self._dense(*a))
@@ -213,6 +221,35 @@ def test_a_step_of_decodes_is_ours(layer, softmax, cache, tmp_path):
     out, want, metadata = made.step([(50, 1), (3, 1)])
     assert metadata.segments is None and made.calls == []
     torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+
+
+def test_speculated_tokens_are_ours(layer):
+    made = layer(coverage=1.0, break_even=200, speculated=2)
+    before = STATS.decode_rows
+    # A decode with two tokens after it, one with one, a short prompt, a long chunk.
+    rows = [(300, 3), (250, 2), (0, 3), (180, 66)]
+    out, want, metadata = made.step(rows, [False, False, True, True])
+    torch.testing.assert_close(out, want, rtol=4e-3, atol=4e-3)
+    assert [(s.sparse, s.decodes) for s in metadata.segments] == [
+        (False, True), (False, False), (True, False),
+    ]  # fmt: skip
+    assert made.calls == [(3, 1)] and STATS.decode_rows - before == 5
+    out, want, metadata = made.step([(50, 3), (3, 1)], [False, False])
+    torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
+    assert metadata.segments is None and metadata.decodes and made.calls == [(3, 1)]
+
+
+def test_a_graph_is_captured_of_decoding_alone(layer):
+    """A made-up batch of the longest contexts must not be planned, whatever vLLM says of it."""
+    made = layer(break_even=0, speculated=2)
+    starts = torch.tensor([0, 3, 6], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=torch.tensor([900, 900]),
+        num_reqs=2, num_actual_tokens=6, max_query_len=3, max_seq_len=900,
+        block_table_tensor=torch.zeros(2, 57, dtype=torch.int32), slot_mapping=torch.arange(6),
+    )  # fmt: skip
+    metadata = made.builder.build_for_cudagraph_capture(common)
+    assert metadata.segments is None and metadata.decodes
 
 
 def test_rows_that_leave_phi_are_counted_when_the_counters_are_settled(layer, tmp_path):

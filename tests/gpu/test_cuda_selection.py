@@ -104,4 +104,4 @@ def test_on_cuda_the_member_leads_to_the_cuda_backend(monkeypatch):
 
 def test_what_graphs_may_hold_is_declared():
     builder = SparseCudaBackend.get_builder_cls()
-    assert builder._cudagraph_support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert builder._cudagraph_support is AttentionCGSupport.UNIFORM_BATCH
