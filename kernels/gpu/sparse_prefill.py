@@ -70,7 +70,7 @@ def sparse_prefill(
     offsets = _tile_and_pair_offsets(query_start_loc)
     lists = None if indices is None else _clean(indices, offsets[0], seq_lens)
     packed = _pack(constants, q, query_start_loc, seq_lens, lists, offsets, window)
-    warps, stages = prefill_tile.warps_and_stages(target, head_size)
+    warps, stages = prefill_tile.warps_and_stages(target, head_size, k_cache.dtype)
     records, starts, entries, columns = packed
     programs = records.shape[0]
     prefill_tile._sparse_prefill[(programs,)](
