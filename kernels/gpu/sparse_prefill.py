@@ -76,7 +76,7 @@ def sparse_prefill(
     prefill_tile._sparse_prefill[(programs,)](
         q, k_cache, v_cache, out, lse, lse if sinks is None else sinks, block_table,
         query_start_loc, seq_lens, records, starts[0], entries, starts[1], columns,
-        *scales, float(scale), window,
+        *scales, scale * prefill_tile._LOG2E, window,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
         **constants, **launch.options(warps, stages),
