@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..paged_cache import FP8
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -104,7 +105,7 @@ def _sparse_prefill(
     columns,  # i32, 4 position + halves
     k_scale,  # fp32 [1]: a key is what is stored times this; None: 1
     v_scale,
-    scale,
+    scale_log2,  # of products, in powers of two: multiplied here, d256 spills 12 bytes on sm_90
     window,
     q_row: tl.int64,
     q_head: tl.int64,
@@ -164,14 +165,13 @@ def _sparse_prefill(
     block_of = n // BLOCK
     half_bit = tl.where(in_b, 2, 1)
     if k_scale is not None:
-        scale = scale * tl.load(k_scale)
-    scale_log2 = scale * 1.4426950408889634
+        scale_log2 = scale_log2 * tl.load(k_scale)
 
     top = tl.full([2 * HALF], float("-inf"), tl.float32)
     total = tl.zeros([2 * HALF], tl.float32)
     if SINKS:
         # A logit without a value; in the unit of products, which have no scale yet.
-        top = tl.load(sinks + head) / scale
+        top = tl.load(sinks + head) * 1.4426950408889634 / scale_log2
         total += 1.0
     acc = tl.zeros([2 * HALF, D_PADDED], tl.float32)
 
@@ -238,11 +238,11 @@ def _sparse_prefill(
         )  # fmt: skip
 
     some = total > 0
-    factor = 1.0 / tl.where(some, total, 1.0)
     if v_scale is not None:
-        factor = factor * tl.load(v_scale)
-    acc = acc * factor[:, None]
-    natural = top * scale + tl.math.log2(tl.where(some, total, 1.0)) / 1.4426950408889634
+        acc = acc * (tl.load(v_scale) / tl.where(some, total, 1.0))[:, None]
+    else:
+        acc = acc * (1.0 / tl.where(some, total, 1.0))[:, None]
+    natural = (top * scale_log2 + tl.math.log2(tl.where(some, total, 1.0))) / 1.4426950408889634
     natural = tl.where(some, natural, float("-inf"))
     tl.store(
         out + token[:, None] * out_row + head.to(tl.int64)[:, None] * out_head + d[None, :],
@@ -255,7 +255,7 @@ def _sparse_prefill(
 SIGNATURE = {
     "out": "q", "lse": "*fp32", "sinks": "*fp32", "block_table": "*i32",
     "query_start_loc": "*i32", "seq_lens": "*i32", "records": "*i32", "entry_offsets": "*i32",
-    "entries": "*i32", "column_offsets": "*i32", "columns": "*i32", "scale": "fp32",
+    "entries": "*i32", "column_offsets": "*i32", "columns": "*i32", "scale_log2": "fp32",
     "window": "i32", "table_row": "i32", "num_heads": "i32",
 }  # fmt: skip
 STRIDES = (
@@ -287,13 +287,16 @@ def constants(
     }
 
 
-def warps_and_stages(target: Target, head_size: int) -> tuple[int, int]:
+def warps_and_stages(target: Target, head_size: int, cache: torch.dtype) -> tuple[int, int]:
     """Not tuned, as nothing was timed. With three stages the loads of a step are under way during
-    two others, and not only at the end of the one before; head size 256 has no shared memory for
-    that, and sm_80 no registers beyond head size 64."""
+    two others, and not only at the end of the one before; head size 256 has shared memory for that
+    in FP8 alone (where sm_100 spills 56 bytes with two), and sm_80 no registers beyond head size
+    64."""
     if target.backend == "hip":
         return 8, 1
-    return 8, 3 if head_size <= (128 if target.arch >= 90 else 64) else 2
+    if target.arch >= 90:
+        return 8, 3 if head_size <= 128 or cache == FP8 else 2
+    return 8, 3 if head_size <= 64 else 2
 
 
 def _shown(target: Target) -> Iterator[tuple[torch.dtype, torch.dtype, int, str]]:
@@ -313,7 +316,7 @@ def _shown(target: Target) -> Iterator[tuple[torch.dtype, torch.dtype, int, str]
 @kernel(_sparse_prefill)
 def configs(target: Target) -> Iterator[Config]:
     for dtype, cache, head_size, form in _shown(target):
-        warps, stages = warps_and_stages(target, head_size)
+        warps, stages = warps_and_stages(target, head_size, cache)
         scales, no_scales = scale_types(cache, "k_scale", "v_scale")
         signature = {x: f"*{DTYPES[dtype]}" if t == "q" else t for x, t in SIGNATURE.items()}
         signature |= dict.fromkeys(STRIDES, "i64") | scales
@@ -324,6 +327,7 @@ def configs(target: Target) -> Iterator[Config]:
         )
         yield Config(
             f"{named(dtype, cache)}-d{head_size}-{form}", made | no_scales, warps, stages,
-            signature, serving=True,
+            # Dense chunks over FP8 are vLLM's; sm_100 spills 44 bytes there with head size 256.
+            signature, serving=form != "dense" or cache != FP8,
             aligned=frozenset(("q", "k_cache", "v_cache", "out", *STRIDES)),
         )  # fmt: skip

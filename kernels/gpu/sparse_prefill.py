@@ -70,13 +70,13 @@ def sparse_prefill(
     offsets = _tile_and_pair_offsets(query_start_loc)
     lists = None if indices is None else _clean(indices, offsets[0], seq_lens)
     packed = _pack(constants, q, query_start_loc, seq_lens, lists, offsets, window)
-    warps, stages = prefill_tile.warps_and_stages(target, head_size)
+    warps, stages = prefill_tile.warps_and_stages(target, head_size, k_cache.dtype)
     records, starts, entries, columns = packed
     programs = records.shape[0]
     prefill_tile._sparse_prefill[(programs,)](
         q, k_cache, v_cache, out, lse, lse if sinks is None else sinks, block_table,
         query_start_loc, seq_lens, records, starts[0], entries, starts[1], columns,
-        *scales, float(scale), window,
+        *scales, scale * prefill_tile._LOG2E, window,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
         **constants, **launch.options(warps, stages),

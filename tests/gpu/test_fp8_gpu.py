@@ -9,7 +9,7 @@ from gpu_cases import ANY_DTYPE, BFLOAT16, FLOAT16, FLOAT32, HAS_GPU, to_device
 from known_heads import SCALE, Heads, paged
 from regimes import count_outside
 from test_decode_gpu import run as decode
-from test_planning_gpu import FIXED, same_lists
+from test_planning_gpu import FIXED, NoLook, same_lists
 from test_prefill_gpu import close
 from test_prefill_gpu import run as prefill
 
@@ -199,6 +199,23 @@ def test_plans_equal_those_of_the_keys_that_are_meant(patterns):
             k_scale=torch.tensor(k_scale), **where,
         )  # fmt: skip
         same_lists(got, want)
+
+
+def test_the_host_does_not_look_at_scales():
+    stored, _ = fp8_case([150], [700], heads=6, kv_heads=2, dtype=ANY_DTYPE)
+    on = to_device(stored)
+    scales = {name: to_device(x) for name, x in SCALES.items()}
+
+    def step():
+        indices = plan_on_device(
+            on.q, on.k_cache, on.block_table, [150], [700], [ADAPTIVE] * 6, scale=on.scale,
+            coverage=0.95, k_scale=scales["k_scale"],
+        )  # fmt: skip
+        return sparse_prefill(*on.args, indices, scale=on.scale, **scales)
+
+    step()  # what is made once
+    with NoLook():
+        step()
 
 
 def test_write_kv():
