@@ -13,7 +13,7 @@ from test_planning_gpu import FIXED, NoLook, same_lists
 from test_prefill_gpu import close
 from test_prefill_gpu import run as prefill
 
-from vllm_sparse import cuda_impl
+from vllm_sparse import cuda_dense
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.gpu import launch
 from vllm_sparse.kernels.gpu import paged_decode as decode_module
@@ -285,9 +285,9 @@ def test_targets_without_the_format_have_no_configuration_for_it():
 @pytest.mark.skipif(HAS_GPU, reason="stands in for vLLM's kernel on the CPU")
 def test_both_paths_of_the_break_even_read_an_fp8_cache(monkeypatch):
     given = {}
-    monkeypatch.setattr(cuda_impl, "unified_attention", lambda **k: given.update(k))
+    monkeypatch.setattr(cuda_dense, "unified_attention", lambda **k: given.update(k))
     sparse, dense = device_break_even.paths(
-        torch.float16, 64, 4, 2, 700, 70, 16, torch.device("cpu"), cuda_impl.vllm_dense,
+        torch.float16, 64, 4, 2, 700, 70, 16, torch.device("cpu"), cuda_dense.triton_dense,
         cache_dtype=torch.float8_e4m3fn,
     )  # fmt: skip
     out, _ = sparse()
