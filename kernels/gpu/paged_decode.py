@@ -14,8 +14,8 @@ from .sparse_prefill import check
 
 EVERY_KEY = 1 << 30  # a window that no sequence reaches
 # Programs of split_decode that an SM holds, by registers and shared memory of its compiled code:
-# 168 x 128 threads and 71 KiB, or 174 x 256 threads (sm_90, head size 128). Three of the first fit,
-# but not beside what other streams run.
+# 166 x 128 threads and 71 KiB (237 and 39 KiB over an FP8 cache), or 174 x 256 threads (sm_90, head
+# size 128). Three of the first fit, but not beside what other streams run.
 PROGRAMS_EACH_SM = {4: 2, 8: 1}
 FEWEST_SHARED = 512  # tokens of a prefix that are worth a launch of their own
 _ON = "{name}: is on {got}, q is on {device}; all must be on the same"
