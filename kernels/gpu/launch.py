@@ -23,6 +23,7 @@ MODULES = (
     "index_lists",
     "last_union",
     "left_out",
+    "line_sums",
     "pack_tiles",
     "prefill_tile",
     "row_lse",

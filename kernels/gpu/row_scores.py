@@ -297,6 +297,44 @@ def _column_scores_configs(target: Target) -> Iterator[Config]:
     yield from _configs(target, more | {"num_columns": "i32"}, BASE=True)
 
 
+def row_denominators(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    heads: torch.Tensor,
+    seq_len: int,
+    *,
+    scale: float,
+    k_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    """fp32 [h, 64]: log-sum-exp of the rows' logits; arguments as those of `row_scores`."""
+    wanted = heads.numel()
+    each, splits = _split(-(-seq_len // BLOCK), wanted)
+    scales, strides, options = _launch_arguments(q, k_cache, scale, k_scale)
+    tops, sums = positions.new_empty((2, wanted, splits, ROWS), dtype=torch.float32)
+    _row_sums[(splits, wanted)](
+        q, k_cache, block_table, positions, heads, tops, sums, seq_len, q.shape[0], each, *scales,
+        *strides, **options,
+    )  # fmt: skip
+    return row_lse(tops, sums)
+
+
+def _split(blocks: int, heads: int) -> tuple[int, int]:
+    """(blocks of a program, programs of a head)."""
+    each = -(-blocks * heads // PROGRAMS)
+    return each, -(-blocks // each)
+
+
+def _launch_arguments(
+    q: torch.Tensor, k_cache: torch.Tensor, scale: float, k_scale: torch.Tensor | None
+) -> tuple[tuple, tuple[int, ...], dict]:
+    """(scales, strides, constants and options)."""
+    shape = _shape(q.shape[2], q.shape[1] // k_cache.shape[1], k_cache.shape[2])
+    strides = (*q.stride()[:2], *k_cache.stride()[:3])
+    return (k_scale, float(scale)), strides, {**shape, **launch.options(WARPS, STAGES)}
+
+
 def row_scores(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -330,20 +368,10 @@ def row_scores(
             torch.arange(columns, device=q.device).expand(wanted, -1),
             new((wanted, rows, columns), dtype=torch.float32),
         )  # fmt: skip
-    each = -(-blocks * wanted // PROGRAMS)
-    splits = -(-blocks // each)
     given = (q, k_cache, block_table, positions, heads)
-    strides = (*q.stride()[:2], *k_cache.stride()[:3])
-    scales = (k_scale, float(scale))
-    options = {
-        **_shape(q.shape[2], q.shape[1] // k_cache.shape[1], k_cache.shape[2]),
-        **launch.options(WARPS, STAGES),
-    }
-    tops, sums = new((2, wanted, splits, ROWS), dtype=torch.float32)
-    _row_sums[(splits, wanted)](
-        *given, tops, sums, seq_len, rows, each, *scales, *strides, **options
-    )
-    lse = row_lse(tops, sums)
+    lse = row_denominators(*given, seq_len, scale=scale, k_scale=k_scale)
+    each, splits = _split(blocks, wanted)
+    scales, strides, options = _launch_arguments(q, k_cache, scale, k_scale)
     worth = new((wanted, seq_len if columns else 1), dtype=torch.float32)
     base = positions if base_from is None else base_from
     has_base = base_from is not None

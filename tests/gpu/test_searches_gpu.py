@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_cases import to_device
+from cases import make_case
+from gpu_cases import FLOAT16, FLOAT32, to_device
 from sampled_mass import Sampled
 
 from vllm_sparse.kernels import pattern_reference
 from vllm_sparse.kernels.block_indices import BLOCK
 from vllm_sparse.kernels.gpu.last_union import LastRows
+from vllm_sparse.kernels.gpu.line_sums import line_sums
 from vllm_sparse.kernels.gpu.search_columns import search_columns
 from vllm_sparse.kernels.gpu.search_threshold import search_threshold
 from vllm_sparse.kernels.gpu.search_window import search_window
 from vllm_sparse.kernels.gpu.sort_columns import sort_columns
 from vllm_sparse.kernels.pattern_reference import SampledMass
+from vllm_sparse.planner.scores import Keys
 
 SHAPES = [(2, 0), (17, 0), (8, 1000), (30, 30)]
 COVERAGE = torch.tensor([0.2, 0.6, 0.9, 0.97])
@@ -116,6 +119,25 @@ def test_sort_columns(width):
     kept, order = sort_columns(to_device(columns))
     assert torch.equal(kept.cpu().long(), columns.sort(1).values)
     assert torch.equal(columns.gather(1, order.cpu().long()), kept.cpu().long())
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
+@pytest.mark.parametrize("rows, n", [(64, 700), (10, 300), (1, 65), (64, 64), (30, 30), (64, 128)])
+def test_line_sums(rows, n, dtype):
+    case = make_case([rows], [n], heads=4, kv_heads=2, dtype=dtype)
+    index = torch.tensor([1, 2])
+    where = map(to_device, (case.q, case.k_cache, case.block_table[0], index))
+    columns, distances = line_sums(*where, n, scale=case.scale)
+    keys = Keys(case.k_cache, case.block_table[0], n, case.scale)
+    for i, head in enumerate(index.tolist()):
+        position = torch.arange(n - rows, n)
+        mass = keys.attention(case.q[:, head, None], position, head // 2)[:, 0].double()
+        by_distance = torch.zeros(n, dtype=torch.float64)
+        for row in range(rows):
+            last = int(position[row])
+            by_distance[: last + 1] += mass[row, : last + 1].flip(0)
+        torch.testing.assert_close(columns[i].cpu().double(), mass.sum(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(distances[i].cpu().double(), by_distance, rtol=1e-4, atol=1e-5)
 
 
 # The rows of the last tile, alone and with some of the tile before; first chunk and later ones.

@@ -2,7 +2,7 @@
 
 What the CPU's planner saves by looking only at the heads that still need it would cost a GPU a wait
 for the answer each time. Here every step is taken for all heads, and which of the results count is
-decided by masks. The scores, means and lists are Triton kernels; what is between them is torch.
+decided by masks, in Triton kernels of one launch each; fixed budgets are spent by torch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vllm_sparse.kernels.gpu.choose_pattern import (
 )
 from vllm_sparse.kernels.gpu.index_lists import index_lists_of, upload
 from vllm_sparse.kernels.gpu.last_union import LastRows
+from vllm_sparse.kernels.gpu.line_sums import line_sums
 from vllm_sparse.kernels.gpu.row_scores import row_scores
 from vllm_sparse.kernels.gpu.search_columns import search_columns
 from vllm_sparse.kernels.gpu.search_threshold import search_threshold
@@ -59,6 +60,13 @@ class DeviceKeys(Keys):
     def score(self, queries, positions, heads, **wanted):
         where = (self.cache, self.table, positions, heads, self.length)
         return row_scores(queries, *where, scale=self.scale, k_scale=self.k_scale, **wanted)
+
+    def line_sums(
+        self, queries: torch.Tensor, heads: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the sequence's last rows [R, H, D]: see `kernels.gpu.line_sums`."""
+        where = (self.cache, self.table, heads, self.length)
+        return line_sums(queries, *where, scale=self.scale, k_scale=self.k_scale)
 
     def block_means(self, kv_heads: torch.Tensor) -> torch.Tensor:
         # Of all heads once, as telling which are wanted would take a look at the device.
@@ -159,19 +167,14 @@ def _plan_chunk(
     if heads:
         score = _pooled_scores(queries, keys, index)
         blocks[:, index] = block_sparse.fixed(chunk, score, numbers(heads, "blocks"))
-    group = len(patterns) // keys.heads
-    vertical = [i for i, p in enumerate(patterns) if p.fixed and p.kind == "vertical_slash"]
-    for kv in sorted({i // group for i in vertical}):
-        heads = tuple(i for i in vertical if i // group == kv)
-        index = _on_device(heads, torch.int64, chunk.device)
-        first = max(chunk.query_len - LAST_ROWS, 0)
-        rows = torch.arange(first, chunk.query_len, device=chunk.device)
-        mass = keys.attention(queries[first:, index], chunk.start + rows, kv).transpose(0, 1)
-        counts = numbers(heads, "vertical"), numbers(heads, "slash")
-        most = max(patterns[i].vertical for i in heads)
-        blocks[:, index], position = vertical_slash.fixed(
-            chunk, mass, *counts, most=most, ascending=_ascending
-        )
+    heads, index = heads_of(lambda p: p.fixed and p.kind == "vertical_slash")
+    if heads:
+        fields = ("vertical", "slash")
+        most = tuple(max(getattr(patterns[i], field) for i in heads) for field in fields)
+        blocks[:, index], position = vertical_slash.spend(
+            chunk, *keys.line_sums(queries[-LAST_ROWS:], index),
+            *(numbers(heads, field) for field in fields), most=most, ascending=_ascending,
+        )  # fmt: skip
         for part in columns:
             part.append((index, position))
     heads, index = heads_of(lambda p: not p.fixed and not is_dense(p))
