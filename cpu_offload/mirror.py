@@ -109,7 +109,7 @@ class HostKV:
             ) from cause
         self.counters["regions_lost"] += 1
         logger.error(
-            "The host store is lost: %s. Every request is computed again; rows there had %d.",
+            "The host store is lost: %s. Every request is computed again; %d had rows there.",
             cause, len(self.slots),
         )  # fmt: skip
 

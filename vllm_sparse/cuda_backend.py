@@ -1,7 +1,7 @@
 """The AttentionBackend on CUDA builds of vLLM: sparse prefill on top of vLLM's Triton backend.
 
-Its pages, its writing of keys and values, its decode and its dense prefill are vLLM's own; long
-chunks of prompts go to the sparse kernels instead.
+Its pages and its writing of keys and values are vLLM's own, and short prompts go to vLLM's kernels;
+long chunks of prompts, and decoding, go to ours.
 """
 
 from __future__ import annotations
@@ -50,6 +50,20 @@ def cache_problem(kv_cache_dtype: str | None, capability=None) -> str | None:
     return None
 
 
+def head_size_problem(head_size: int, capability=None) -> str | None:
+    """Why layers of this head size cannot run on a GPU where others do, and what to do, or None."""
+    if capability is None or head_size <= 128:
+        return None
+    got = capability.major, capability.minor
+    if got not in ((8, 6), (8, 9)) and capability.major < 12:
+        return None
+    return (
+        f"head size {head_size}: sparse prefill takes 144 KiB of shared memory for it, and GPUs of "
+        f"compute capability {'.'.join(map(str, got))} give a program 99 KiB; head sizes up to 128 "
+        "run there"
+    )
+
+
 class SparseCudaBackend(TritonAttentionBackend):
     """Dynamic sparse prefill on NVIDIA GPUs."""
 
@@ -75,7 +89,7 @@ class SparseCudaBackend(TritonAttentionBackend):
 
     @classmethod
     def validate_configuration(cls, **config) -> list[str]:
-        """vLLM's reasons against a configuration (none: supported), those of caches in full."""
+        """vLLM's reasons against a configuration (none: supported), our own in full."""
         reasons = super().validate_configuration(**config)
         reasons = [reason for reason in reasons if reason != "kv_cache_dtype not supported"]
         if "per-head quant scales not supported" in reasons:
@@ -83,8 +97,12 @@ class SparseCudaBackend(TritonAttentionBackend):
                 "FP8 scales of each head (attn_head in the checkpoint) are not read, one a layer "
                 "is: take a checkpoint with those"
             )
-        problem = cache_problem(config["kv_cache_dtype"], config["device_capability"])
-        return reasons if problem is None else [*reasons, problem]
+        capability = config["device_capability"]
+        problems = (
+            cache_problem(config["kv_cache_dtype"], capability),
+            head_size_problem(config["head_size"], capability),
+        )
+        return [*reasons, *(problem for problem in problems if problem is not None)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

@@ -116,7 +116,7 @@ def test_a_lost_store_is_said_once_and_renewed(caplog):
             assert host.end() == {}
     assert [r.getMessage() for r in caplog.records] == [
         "The host store is lost: the head of the region was overwritten. Every request is computed "
-        "again; rows there had 1."
+        "again; 1 had rows there."
     ]
     before = host.pools
     host.renew(make_pools)
