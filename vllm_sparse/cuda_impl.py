@@ -125,6 +125,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             chunk=self.chunk,
             page=vllm_config.cache_config.block_size or 16,
             dense=self.flash or triton_dense,
+            has_sinks=sinks is not None,
         )
         self.break_even = self.runtime.break_even
         self.counters = self.runtime.counters

@@ -106,6 +106,7 @@ def start(
     page: int,
     dense: device_break_even.Dense,
     cache_dtype: torch.dtype | None = None,
+    has_sinks: bool = False,
     device: torch.device | None = None,
 ) -> GpuRuntime:
     """The GpuRuntime for layers of one shape; heads are this rank's, `chunk` is the most tokens of
@@ -123,7 +124,7 @@ def start(
     shape = (dtype, head_size, num_heads, num_kv_heads)
     device_break_even.warm_up(
         *shape, page=page, device=device, mean_correction=config.mean_correction,
-        cache_dtype=cache_dtype,
+        cache_dtype=cache_dtype, sinks=has_sinks,
     )  # fmt: skip
     break_even, source = config.break_even, "given"
     if break_even is None:

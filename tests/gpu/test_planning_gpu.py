@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparse.kernels import BlockIndices, reference
 from vllm_sparse.kernels.gpu import index_lists as index_lists_kernels
+from vllm_sparse.kernels.gpu import launch
 from vllm_sparse.kernels.gpu import row_scores as row_scores_kernels
 from vllm_sparse.kernels.gpu.block_means import PageSums, block_means
 from vllm_sparse.kernels.gpu.index_lists import index_lists, index_lists_of
@@ -20,7 +21,7 @@ from vllm_sparse.kernels.gpu.row_scores import row_scores
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.gpu.write_kv import write_kv
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
-from vllm_sparse.planner import device, plan_prefill
+from vllm_sparse.planner import device, device_break_even, plan_prefill
 from vllm_sparse.planner.device import plan_on_device
 
 
@@ -294,6 +295,35 @@ def test_a_layers_plan_is_few_launches(rows, most, monkeypatch):
     _, launches = planned_on_meta([ADAPTIVE] * 6, rows, 32768, monkeypatch)
     assert launches.kernels.total() <= most[0], launches.kernels
     assert launches.others.total() <= most[1], launches.others
+
+
+FIXED_ALONE = [HeadPattern(kind="vertical_slash", vertical=9, slash=9)] * 6
+
+
+@pytest.mark.parametrize("sinks, corrected", [(False, False), (True, True)])
+def test_warm_up_compiles_what_long_prompts_launch(sinks, corrected, monkeypatch):
+    """The same constants of each kernel: what else changes compiles no code of its own."""
+    meta, forms = torch.device("meta"), set()
+
+    def run(function, *arguments, grid, warmup, **constants) -> None:
+        forms.add((function.fn.__name__, tuple(sorted(constants.items()))))
+
+    monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
+    monkeypatch.setattr(launch, "target_of", lambda device: launch.TARGETS["sm_90"])
+    for module in (device, index_lists_kernels):
+        monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
+    shape = (torch.bfloat16, 64, 6, 2)
+    given = dict(mean_correction=corrected, sinks=sinks)
+    device_break_even.warm_up(*shape, page=16, device=meta, **given)
+    compiled = forms.copy()
+    forms.clear()
+    for pattern in (ADAPTIVE, FIXED_ALONE[0], HeadPattern(kind="block_sparse", blocks=4)):
+        for length, rows in ((600, 600), (4000, 300), (16384, 2048), (16384, 40)):
+            path, _ = device_break_even.paths(
+                *shape, length, rows, 16, meta, None, pattern=pattern, **given
+            )
+            path()
+    assert len(forms) > 25 and forms <= compiled, forms - compiled
 
 
 @pytest.mark.skipif(HAS_GPU, reason="as above")

@@ -11,27 +11,33 @@ import torch
 from vllm_sparse import __version__
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.paged_cache import FP8
-from vllm_sparse.patterns import ADAPTIVE
+from vllm_sparse.patterns import ADAPTIVE, HeadPattern
 
+from .adaptive import PROBE_FROM
 from .break_even import WORTH, cache_file, problem, settled
 from .device import plan_on_device
 
 Dense = Callable[..., object]
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
-WARM_UP = 1024  # tokens: more than a plan takes for short
+# Tokens: more than a plan takes for short, and so many that it probes with rows of their own.
+WARM_UP = (1024, PROBE_FROM + 1)
+# Fixed budgets ask kernels of their own.
+FIXED = HeadPattern(kind="vertical_slash", vertical=1, slash=1)
 
 
 def warm_up(
     dtype: torch.dtype, head_size: int, num_heads: int, num_kv_heads: int, *, page: int,
-    device: torch.device, length: int = WARM_UP, mean_correction: bool = False,
-    cache_dtype: torch.dtype | None = None,
+    device: torch.device, mean_correction: bool = False, cache_dtype: torch.dtype | None = None,
+    sinks: bool = False,
 ) -> None:  # fmt: skip
-    """Compile every kernel in the form that layers of this shape will launch it in."""
+    """Compile every kernel in the forms that layers of this shape will launch it in."""
     shape = (dtype, head_size, num_heads, num_kv_heads)
     where = (page, device, sparse_prefill)
-    forms = {"mean_correction": mean_correction, "cache_dtype": cache_dtype}
-    paths(*shape, length, length // 2 + 1, *where, **forms)[0]()
+    forms = {"mean_correction": mean_correction, "cache_dtype": cache_dtype, "sinks": sinks}
+    short, long = WARM_UP
+    for pattern, length in ((ADAPTIVE, short), (ADAPTIVE, long), (FIXED, short)):
+        paths(*shape, length, short // 2 + 1, *where, pattern=pattern, **forms)[0]()
 
 
 def break_even(
@@ -110,8 +116,11 @@ def paths(
     *,
     mean_correction: bool = False,
     cache_dtype: torch.dtype | None = None,
+    sinks: bool = False,
+    pattern: HeadPattern = ADAPTIVE,
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """The sparse and the dense path over the last `chunk` of `length` tokens."""
+    """The sparse and the dense path over the last `chunk` of `length` tokens; only the sparse one
+    has sinks, and this pattern in all heads."""
     made = problem(dtype, head_size, num_heads, num_kv_heads, length, chunk, page)
     q, k_cache, v_cache, *where = (x.to(device) for x in made)
     both = torch.cat([k_cache, v_cache], -1).to(cache_dtype or dtype)
@@ -121,18 +130,20 @@ def paths(
         scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), device=device))
     k_scale = scales.get("k_scale")
     rows, scale = q.shape[0], head_size**-0.5
+    sink = torch.zeros(num_heads, device=device) if sinks else None
 
     def other() -> object:
         return dense(q, *caches, *where, None, scale=scale, **scales)
 
     def sparse() -> object:
         indices = plan_on_device(
-            q, caches[0], where[0], [rows], [length], (ADAPTIVE,) * num_heads, scale=scale,
+            q, caches[0], where[0], [rows], [length], (pattern,) * num_heads, scale=scale,
             coverage=0.95, k_scale=k_scale,
         )  # fmt: skip
         return sparse_prefill(
-            q, *caches, *where, indices, scale=scale, mean_correction=mean_correction, **scales
-        )
+            q, *caches, *where, indices, scale=scale, mean_correction=mean_correction, sinks=sink,
+            **scales,
+        )  # fmt: skip
 
     return sparse, other
 
