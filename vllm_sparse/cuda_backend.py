@@ -12,10 +12,10 @@ import torch
 from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
 
 from .backend import HEAD_SIZES
+from .kernels.gpu.launch import FP8_CAPABILITY
 from .plugin import BACKEND
 
 LEAST_CAPABILITY = (8, 0)
-FP8_CAPABILITY = (8, 9)
 CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3")
 
 

@@ -123,7 +123,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             chunk=self.chunk,
-            page=vllm_config.cache_config.block_size or 16,
+            page=self.page,
             dense=self.flash or triton_dense,
             has_sinks=sinks is not None,
         )

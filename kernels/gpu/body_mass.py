@@ -22,16 +22,20 @@ COLUMN_COST = tl.constexpr(pattern_reference.COLUMN_COST)
 # Numbers and addresses that differ from step to step compile no code of their own.
 COUNTS = unspecialized(
     numbers=(
-        "num_rows", "few_rows", "num_blocks", "num_columns", "num_heads", "num_items", "start",
-        "top", "body", "tiles", "base_cost",
+        "num_rows", "few_rows", "num_blocks", "num_columns", "start", "top", "body", "tiles",
+        "base_cost",
     ),
     pointers=(
         "blocks", "row_tile", "few_blocks", "few_squares", "few_tile", "coverage", "columns",
         "column_mass", "value", "order", "level", "covered", "cost", "best", "offset", "dense",
-        "wanted", "score", "tops", "counts", "gained", "limits", "choice", "heads", "mask",
-        "kept", "order_of", "left", "flags", "bad", "bits",
+        "score", "tops", "counts", "gained", "limits", "kept", "order_of",
     ),
 )  # fmt: skip
+
+
+def top_block(start: int) -> int:
+    """Block of the last row of the first tile of a chunk that begins at key `start`."""
+    return (start + 63) // 64
 
 
 @triton.jit

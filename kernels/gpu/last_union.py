@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ..reference import MASS_LEVELS, MASS_SHIFT
 from . import launch
-from .body_mass import COLUMN_COST, OPTIONS, STAGES, WARPS
+from .body_mass import COLUMN_COST, OPTIONS, STAGES, WARPS, top_block
 from .launch import Config, Target, kernel, unspecialized
 
 TILE = 64
@@ -302,7 +302,7 @@ class LastRows:
         self.tiles = -(-query_len // TILE)
         self.first_row = query_len - rows
         self.ends = self.tiles - self.first_row // TILE
-        self.top = (seq_len - query_len + TILE - 1) // TILE
+        self.top = top_block(seq_len - query_len)
         self.last_block = (seq_len - 1) // TILE
         self.columns, self.column_mass = columns, column_mass.contiguous()
         self.few = min(few, column_mass.shape[2])

@@ -16,6 +16,8 @@ import torch
 
 from ..paged_cache import FP8, check_scales
 
+FP8_CAPABILITY = (8, 9)  # from which on Triton converts float8_e4m3fn
+
 # Files with Triton kernels, each of which fills its part of the table.
 MODULES = (
     "block_means",
@@ -49,8 +51,8 @@ class Target:
 
     @property
     def fp8(self) -> bool:
-        """Whether its Triton converts float8_e4m3fn: NVIDIA's from 8.9 on, MI300 has other FP8."""
-        return self.backend == "cuda" and self.arch >= 89
+        """Whether its Triton converts float8_e4m3fn: MI300 has other FP8."""
+        return self.backend == "cuda" and divmod(self.arch, 10) >= FP8_CAPABILITY
 
 
 TARGETS = {
@@ -197,12 +199,12 @@ def check_fp8(device: torch.device) -> None:
         got = "an AMD GPU, whose FP8 formats are others (fnuz on gfx942)"
     else:
         major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) >= (8, 9):
+        if (major, minor) >= FP8_CAPABILITY:
             return
         got = f"a GPU of compute capability {major}.{minor}"
     raise ValueError(
-        f"FP8 KV cache: its float8_e4m3fn is read from compute capability 8.9 on, got {got}; use "
-        "--kv-cache-dtype auto"
+        "FP8 KV cache: its float8_e4m3fn is read from compute capability "
+        f"{FP8_CAPABILITY[0]}.{FP8_CAPABILITY[1]} on, got {got}; use --kv-cache-dtype auto"
     )
 
 

@@ -14,15 +14,13 @@ import triton
 import triton.language as tl
 
 from . import launch
-from .launch import DTYPES, HEAD_SIZES, Config, Target, caches, kernel, named, scale_types
+from .launch import Config, Target, kernel
 from .row_scores import (
     ROWS,
-    STAGES,
-    WARPS,
+    _configs,
     _launch_arguments,
     _load_rows,
     _logits,
-    _shape,
     row_denominators,
 )
 
@@ -84,22 +82,8 @@ def _line_sums(
 
 
 @kernel(_line_sums)
-def _configs(target: Target) -> Iterator[Config]:
-    dtype = torch.bfloat16
-    common = {
-        "table": "*i32", "heads": "*i64", "lse": "*fp32", "by_column": "*fp32",
-        "by_distance": "*fp32", "seq_len": "i32", "num_rows": "i32", "scale": "fp32",
-    } | dict.fromkeys(("q_row", "q_head", "kv_page", "kv_head", "kv_row"), "i64")  # fmt: skip
-    for cache in caches(target, dtype):
-        more, no_scales = scale_types(cache, "k_scale")
-        for head_size in HEAD_SIZES:
-            types = {"q": f"*{DTYPES[dtype]}", "k_cache": f"*{DTYPES[cache]}"}
-            signature = common | types | more
-            aligned = {"q", "k_cache", *(k for k, v in signature.items() if v == "i64")}
-            yield Config(
-                f"{named(dtype, cache)}-d{head_size}", {**_shape(head_size, 4, 16), **no_scales},
-                WARPS, STAGES, signature, True, frozenset(aligned),
-            )  # fmt: skip
+def _line_configs(target: Target) -> Iterator[Config]:
+    yield from _configs(target, dict.fromkeys(("lse", "by_column", "by_distance"), "*fp32"))
 
 
 def line_sums(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import Case, assert_close, in_fp8, left_out_oracle, make_case, random_indices
 from gpu_cases import ANY_DTYPE, BFLOAT16, FLOAT16, FLOAT32, HAS_GPU, to_device
-from known_heads import SCALE, Heads, paged
+from known_heads import SCALE, noisy_prompt
 from regimes import count_outside
 from test_decode_gpu import run as decode
 from test_planning_gpu import FIXED, NoLook, same_lists
@@ -175,16 +175,7 @@ def test_block_means_from_keys_and_from_kept_sums(page):
 @pytest.mark.parametrize("patterns", [[ADAPTIVE] * 6, FIXED], ids=["adaptive", "fixed"])
 def test_plans_equal_those_of_the_keys_that_are_meant(patterns):
     n, rows, k_scale = 700, 200, 0.25
-    heads = Heads(n, columns=40)
-    kinds = [
-        heads.sink_window(), heads.vertical(), heads.slash(200), heads.same_word(),
-        heads.uniform(), heads.retrieval(n // 2),
-    ]  # fmt: skip
-    generator = torch.Generator().manual_seed(3)
-    queries = torch.stack(kinds, 1)[n - rows :]
-    queries = queries + 0.3 * torch.randn(queries.shape, generator=generator)
-    keys = torch.stack([heads.keys] * 2) + 0.05 * torch.randn(2, n, 128, generator=generator)
-    cache, table = paged(keys)
+    queries, cache, table = noisy_prompt(n, rows)
     cache = (cache / k_scale).to(torch.float8_e4m3fn)
     where = dict(scale=SCALE, coverage=0.95)
     starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [n]))

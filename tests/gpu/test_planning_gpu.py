@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import make_case
 from gpu_cases import ANY_DTYPE, FLOAT16, FLOAT32, HAS_GPU, caches_to_device, to_device
-from known_heads import SCALE, Heads, paged
+from known_heads import SCALE, Heads, noisy_prompt, paged
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparse.kernels import BlockIndices, reference
@@ -181,17 +181,7 @@ FIXED = [
     ],
 )
 def test_plans_equal_the_cpus(rows, n, patterns, coverage):
-    heads = Heads(n, columns=40)
-    kinds = [
-        heads.sink_window(), heads.vertical(), heads.slash(200), heads.same_word(),
-        heads.uniform(), heads.retrieval(n // 2),
-    ]  # fmt: skip
-    generator = torch.Generator().manual_seed(3)
-    # With noise, so that no two keys are worth the same.
-    queries = torch.stack(kinds, 1)[n - rows :]
-    queries = queries + 0.3 * torch.randn(queries.shape, generator=generator)
-    keys = torch.stack([heads.keys] * 2) + 0.05 * torch.randn(2, n, 128, generator=generator)
-    cache, table = paged(keys)
+    queries, cache, table = noisy_prompt(n, rows)
     where = dict(scale=SCALE, coverage=coverage)
     starts, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, rows], [n]))
     want = plan_prefill(queries, cache, table, starts, lens, patterns, **where)
@@ -232,6 +222,14 @@ def test_the_host_does_not_look_between_queries_and_output(patterns):
         )  # fmt: skip
 
 
+def on_meta(monkeypatch, run) -> None:
+    """Triton's kernels call `run` in place of what they do, and the host's constants are made on
+    torch's meta device."""
+    monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
+    for module in (device, index_lists_kernels):
+        monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
+
+
 class Launches(TorchDispatchMode):
     """What is launched on torch's meta device, where Triton's kernels do nothing: an operand that
     lies elsewhere, a look at a number and a CPU kernel are all errors there."""
@@ -252,9 +250,7 @@ class Launches(TorchDispatchMode):
             tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
             assert {x.device.type for x in tensors} == {"meta"}, function.fn.__name__
 
-        monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
-        for module in (device, index_lists_kernels):
-            monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
+        on_meta(monkeypatch, run)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -297,9 +293,6 @@ def test_a_layers_plan_is_few_launches(rows, most, monkeypatch):
     assert launches.others.total() <= most[1], launches.others
 
 
-FIXED_ALONE = [HeadPattern(kind="vertical_slash", vertical=9, slash=9)] * 6
-
-
 @pytest.mark.parametrize("sinks, corrected", [(False, False), (True, True)])
 def test_warm_up_compiles_what_long_prompts_launch(sinks, corrected, monkeypatch):
     """The same constants of each kernel: what else changes compiles no code of its own."""
@@ -308,16 +301,14 @@ def test_warm_up_compiles_what_long_prompts_launch(sinks, corrected, monkeypatch
     def run(function, *arguments, grid, warmup, **constants) -> None:
         forms.add((function.fn.__name__, tuple(sorted(constants.items()))))
 
-    monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
+    on_meta(monkeypatch, run)
     monkeypatch.setattr(launch, "target_of", lambda device: launch.TARGETS["sm_90"])
-    for module in (device, index_lists_kernels):
-        monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
     shape = (torch.bfloat16, 64, 6, 2)
     given = dict(mean_correction=corrected, sinks=sinks)
     device_break_even.warm_up(*shape, page=16, device=meta, **given)
     compiled = forms.copy()
     forms.clear()
-    for pattern in (ADAPTIVE, FIXED_ALONE[0], HeadPattern(kind="block_sparse", blocks=4)):
+    for pattern in (ADAPTIVE, *(p for p in FIXED if p.fixed)):
         for length, rows in ((600, 600), (4000, 300), (16384, 2048), (16384, 40)):
             path, _ = device_break_even.paths(
                 *shape, length, rows, 16, meta, None, pattern=pattern, **given

@@ -102,6 +102,21 @@ def paged(keys: torch.Tensor, page: int = 16) -> tuple[torch.Tensor, torch.Tenso
     return cache, order[None].to(torch.int32)
 
 
+def noisy_prompt(n: int, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last rows of a prompt of n tokens: queries [rows, 6, 128] of a head of each kind, and the
+    cache and block table of two KV heads. With noise, so that no two keys are worth the same."""
+    heads = Heads(n, columns=40)
+    kinds = [
+        heads.sink_window(), heads.vertical(), heads.slash(200), heads.same_word(),
+        heads.uniform(), heads.retrieval(n // 2),
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    queries = torch.stack(kinds, 1)[n - rows :]
+    queries = queries + 0.3 * torch.randn(queries.shape, generator=generator)
+    keys = torch.stack([heads.keys] * 2) + 0.05 * torch.randn(2, n, 128, generator=generator)
+    return queries, *paged(keys)
+
+
 def exact_mass(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Causal attention of the last rows: queries [Tq, H, D], keys [Hkv, n, D] -> [H, Tq, n]."""
     n, rows = keys.shape[1], queries.shape[0]

@@ -13,8 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_sparse.kernels import BlockIndices, RowScores, SampledMass
-from vllm_sparse.kernels.block_indices import BLOCK, TILE
+from vllm_sparse.kernels.block_indices import TILE
 from vllm_sparse.kernels.gpu.block_means import block_means
+from vllm_sparse.kernels.gpu.body_mass import top_block
 from vllm_sparse.kernels.gpu.choose_pattern import (
     WINDOW,
     Allowed,
@@ -245,7 +246,7 @@ def _adaptive(
     columns: list[list[Columns]],
 ) -> None:
     """`adaptive.plan` for all heads of the request at once, into blocks and columns."""
-    heads, top = request.heads, _first_block(chunk)
+    heads, top = request.heads, top_block(chunk.start)
     # The last rows: as `adaptive.measure` and `adaptive.finish`.
     rows = _rows_at_end(chunk.query_len, chunk.seq_len, chunk.device)
     count = len(rows.index)
@@ -275,11 +276,6 @@ def _adaptive(
         repeated[:, 1:] = both[:, 1:] == both[:, :-1]
         columns[-2].append((heads, both.masked_fill(repeated, -1)))
     columns[-1].append((heads, mine[:, -1]))
-
-
-def _first_block(chunk: Chunk) -> int:
-    """Block of the first tile's last row; those of the other tiles before the last follow."""
-    return (chunk.start + TILE - 1) // BLOCK
 
 
 def _allowed(chunk: Chunk, request: adaptive.Request) -> Allowed:
@@ -325,7 +321,7 @@ def _search_body(
     count = min(max(chunk.query_len // ROWS_EACH, MIN_ROWS), MAX_ROWS)
     mass, scores, seen = score(count, columns=adaptive.column_count(chunk), squares=not probing)
     few, probe, seen = score(PROBE_ROWS, squares=True) if probing else (mass, scores, seen)
-    geometry = dict(top=_first_block(chunk), base_cost=chunk.base_cost)
+    geometry = dict(top=top_block(chunk.start), base_cost=chunk.base_cost)
     window_cost, offset, dense = search_window(
         mass, few, probe.squares, coverage, most_keys=adaptive.HOPELESS * seen, **geometry
     )
