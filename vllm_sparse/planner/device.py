@@ -119,7 +119,7 @@ def plan_on_device(
 @functools.lru_cache(maxsize=512)
 def _on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A constant of the host; made once, as all layers and steps ask for the same few."""
-    return upload(torch.tensor(values, dtype=dtype), device)
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=512)

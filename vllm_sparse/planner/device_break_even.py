@@ -125,12 +125,14 @@ def paths(
     q, k_cache, v_cache, *where = (x.to(device) for x in made)
     both = torch.cat([k_cache, v_cache], -1).to(cache_dtype or dtype)
     caches = both.chunk(2, -1)
+    # Types are spelled out: torch's default may be the model's.
+    fp32 = {"dtype": torch.float32, "device": device}
     scales = {}
     if both.dtype == FP8:
-        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), device=device))
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), **fp32))
     k_scale = scales.get("k_scale")
     rows, scale = q.shape[0], head_size**-0.5
-    sink = torch.zeros(num_heads, device=device) if sinks else None
+    sink = torch.zeros(num_heads, **fp32) if sinks else None
 
     def other() -> object:
         return dense(q, *caches, *where, None, scale=scale, **scales)
