@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
+from .planner.break_even import NEVER
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -60,9 +61,12 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
         impls = [layer.impl for layer in self.layers]
-        self.break_even = impls[0].break_even
-        # Layers with a window are vLLM's throughout.
-        self.all_dense = all(impl.always_dense for impl in impls)
+        for layer in self.layers:
+            layer.impl.settle(layer, kv_cache_spec.block_size, device)
+        # Layers with a window are vLLM's throughout, and have no break-even.
+        sparse = [impl for impl in impls if not impl.always_dense]
+        self.all_dense = not sparse
+        self.break_even = max((impl.break_even for impl in sparse), default=NEVER)
         ours = [
             name
             for name, layer in layers.items()
@@ -70,7 +74,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         ]
         # Of several KV cache groups one counts the step.
         self.counts = bool(ours) and ours[0] in layer_names
-        counters = [impl.counters for impl in impls if impl.counters is not None]
+        counters = {impl.counters for impl in impls if impl.counters is not None}
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
 
     def build(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from gpu_cases import HAS_GPU
@@ -11,13 +14,11 @@ from torch.utils._device import _device_constructors
 from vllm_sparse import cuda_runtime
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.kernels.gpu.row_scores import _row_sums
-from vllm_sparse.planner import device_break_even
-from vllm_sparse.runtime import Model
+from vllm_sparse.planner import device, device_break_even
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
 
 CPU = torch.device("cpu")
-MODEL = Model(layers=4, heads=4, kv_heads=2, head_size=64)
 
 
 class NothingByDefault(TorchFunctionMode):
@@ -51,10 +52,26 @@ def idle_kernels(monkeypatch):
 
 def start(settings: dict, cache_dtype: torch.dtype, has_sinks: bool):
     return cuda_runtime.start(
-        SparseConfig(**settings), MODEL, dtype=torch.bfloat16, cache_dtype=cache_dtype,
+        SparseConfig(**settings), dtype=torch.bfloat16, cache_dtype=cache_dtype,
         head_size=64, num_heads=4, num_kv_heads=2, chunk=600, page=16, device=CPU,
         has_sinks=has_sinks, dense=dense,
     )  # fmt: skip
+
+
+def test_a_start_leaves_nothing_on_the_device(idle_kernels, monkeypatch):
+    """vLLM may sleep, and what its memory pool held at the start is garbage afterwards."""
+    made: list[weakref.ref] = []
+
+    def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        made.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(device, "upload", upload)
+    start({"break_even": 4096}, torch.bfloat16, False)
+    gc.collect()
+    assert len(made) > 10 and not any(x() is not None for x in made)
+    for cached in (device.chunk_of, device.limits):
+        assert cached.cache_info().currsize == 0
 
 
 def dense(q, *where, scale, **scales) -> None:
@@ -68,7 +85,7 @@ def test_a_start_takes_nothing_from_torchs_defaults(
 ):
     settings = {"break_even": 4096, "mean_correction": True}
     with NothingByDefault() as mode:
-        assert start(settings, cache_dtype, has_sinks).break_even == 4096
+        assert start(settings, cache_dtype, has_sinks) == 4096
     assert mode.made > 20
     # And where it is measured.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -76,4 +93,4 @@ def test_a_start_takes_nothing_from_torchs_defaults(
     monkeypatch.setattr(device_break_even, "_timed", lambda run: (run(), 0.001)[1])
     monkeypatch.setattr(device_break_even, "LENGTHS", (4096,))
     with NothingByDefault():
-        assert start({}, cache_dtype, has_sinks).break_even in (4096, 1 << 30)
+        assert start({}, cache_dtype, has_sinks) in (4096, 1 << 30)

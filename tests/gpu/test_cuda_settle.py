@@ -1,0 +1,60 @@
+"""What the CUDA backend settles once pages are laid out: break-even, sums of pages, ranks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cuda_layer import KV_HEADS, NAME, PAGE, SIZE, Layer
+from gpu_cases import HAS_GPU
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_sparse import cuda_impl, cuda_metadata
+
+pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
+
+
+@pytest.fixture
+def layer(llama, monkeypatch):
+    return lambda **settings: Layer(llama, monkeypatch, **settings)
+
+
+def test_what_goes_by_pages_is_settled_once_for_the_pages_of_the_cache(layer):
+    """vLLM makes builders twice, and may change its block size between layers and builders."""
+    made = layer(break_even=300)
+    assert [w["page"] for w in made.warm_ups] == [PAGE] and made.impl.break_even == 300
+    made.build()
+    assert len(made.warm_ups) == 1
+    made.build(page=64)
+    assert [w["page"] for w in made.warm_ups] == [PAGE, 64] and made.impl.page == 64
+
+
+def test_a_layer_that_is_dense_has_no_say_in_the_break_even(layer, monkeypatch):
+    """Without the hybrid KV cache manager, layers with and without a window share a group."""
+    made = layer(break_even=5000)
+    with_window = SimpleNamespace(
+        impl=SimpleNamespace(always_dense=True, break_even=0, counters=None, settle=lambda *a: None)
+    )
+    layers = {"model.layers.1.attn": with_window, NAME: made.layer}
+    monkeypatch.setattr(cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers)
+    spec = FullAttentionSpec(
+        block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float16
+    )
+    builder = cuda_metadata.SparseCudaMetadataBuilder(
+        spec, list(layers), made.config, torch.device("cpu")
+    )
+    made.builder = builder
+    assert not builder.all_dense
+    _, _, metadata = made.step([(0, 90)])
+    assert metadata.segments is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_rank_measures_for_all(rank, monkeypatch):
+    group = SimpleNamespace(rank_in_group=rank, broadcast_object=lambda x: sent.append(x) or 4096)
+    monkeypatch.setattr(cuda_impl, "get_tp_group", lambda: group)
+    sent, measured = [], []
+    found = cuda_impl.of_first_rank(lambda: measured.append(1) or 4096)
+    assert found == 4096
+    assert (sent, len(measured)) == (([4096], 1) if rank == 0 else ([None], 0))
