@@ -106,11 +106,11 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.counters: Counters | None = None
         self.patterns: tuple | None = None
         self.sums: PageSums | None = None
+        self.summed: tuple | None = None  # address and shape of the cache that `sums` is for
         self.window = sliding_window
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
-        # Pages that another process fills come with no sums.
-        self.keeps_sums = vllm_config.kv_transfer_config is None
+        self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
         if self.always_dense:
             STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
         self.heads = HeadSettings.of(self.config, Model.of(vllm_config))
@@ -136,26 +136,20 @@ class SparseCudaImpl(TritonAttentionImpl):
         return {"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.fp8 else {}
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
-        """Make room for the sums of pages, or say once that there is none.
+        """Make room for the sums of pages, or say once that there is none. Both hold for this
+        cache: vLLM tries graphs on a small one before it makes the one that serves.
 
         To be called with the layer's cache before a page is written: what is written without it
         is in no sum. The builder does, as the first write may be inside a graph's capture.
         """
-        if self.always_dense or not self.keeps_sums or self.sums is not None:
+        if self.always_dense or not kv_cache.numel():  # empty: vLLM measures memory
             return
-        if not kv_cache.numel():  # vLLM measures memory
+        cache = (kv_cache.data_ptr(), kv_cache.shape)
+        if cache == self.summed:
             return
+        self.summed, self.sums = cache, None
         k_cache = self._caches(kv_cache)[0]
-        pages, heads, page, size = k_cache.shape
-        why = None
-        if unit(page) is None:
-            why = f"pages of {page} tokens are no part or multiple of {BLOCK}"
-        elif k_cache.is_cuda:
-            need = pages * page // unit(page) * heads * size * self.dtype.itemsize
-            if torch.cuda.is_current_stream_capturing():
-                why = "pages were first written inside a CUDA graph"
-            elif torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
-                why = "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
+        why = self._why_no_sums(k_cache)
         if why is None:
             self.sums = PageSums(k_cache, self.dtype)
             # Compiles the kernels, and writes nothing.
@@ -163,12 +157,27 @@ class SparseCudaImpl(TritonAttentionImpl):
             self.sums.update(k_cache, torch.full((2,), -1, device=on))
             scale = torch.ones(1, device=on) if self.fp8 else None
             table = torch.zeros(1, dtype=torch.int32, device=on)
-            self.sums.means(table, 1, torch.arange(heads, device=on), scale)
+            self.sums.means(table, 1, torch.arange(k_cache.shape[1], device=on), scale)
             return
-        self.keeps_sums = False
         message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
         log.once(logger, logging.WARNING, message)
         STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
+
+    def _why_no_sums(self, k_cache: torch.Tensor) -> str | None:
+        """Why no sums are kept of a cache's pages, or None: they are."""
+        pages, heads, page, size = k_cache.shape
+        if self.pages_from_elsewhere:
+            return "a KV connector fills pages, which come without"
+        if unit(page) is None:
+            return f"pages of {page} tokens are no part or multiple of {BLOCK}"
+        if not k_cache.is_cuda:
+            return None
+        need = pages * page // unit(page) * heads * size * self.dtype.itemsize
+        if torch.cuda.is_current_stream_capturing():
+            return "pages were first written inside a CUDA graph"
+        if torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
+            return "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
+        return None
 
     def forward(
         self,

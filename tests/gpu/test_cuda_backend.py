@@ -169,8 +169,9 @@ def test_the_builder_makes_room_for_sums_before_the_first_write(layer):
 def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
     made = layer(break_even=0)
     before = STATS.fallbacks.get("means_from_keys", 0)
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
+    cache = torch.zeros(4, KV_HEADS, 48, 2 * SIZE)
+    made.impl.prepare(cache)
+    made.impl.prepare(cache)
     assert made.impl.sums is None
     assert STATS.fallbacks["means_from_keys"] == before + 1
 

@@ -58,3 +58,27 @@ def test_the_first_rank_measures_for_all(rank, monkeypatch):
     found = cuda_impl.of_first_rank(lambda: measured.append(1) or 4096)
     assert found == 4096
     assert (sent, len(measured)) == (([4096], 1) if rank == 0 else ([None], 0))
+
+
+def test_sums_follow_the_cache_that_vllm_binds(layer):
+    """With graphs on, vLLM runs steps over a cache of a few blocks before the one that serves."""
+    made = layer(break_even=1000)
+    small = torch.zeros(4, KV_HEADS, PAGE, 2 * SIZE, dtype=torch.float16)
+    made.impl.prepare(small)
+    first = made.impl.sums
+    made.impl.prepare(small)
+    assert made.impl.sums is first and first.sums.shape[0] == 4
+    made.step([(0, 700)])
+    assert made.impl.sums.sums.shape[0] == made.cache.shape[0]
+    table = torch.arange(44, dtype=torch.int32)
+    got = made.impl.sums.means(table, 700, torch.tensor([0]))
+    want = made.cache[:4, 0, :, :SIZE].flatten(0, 1).float().mean(0)
+    torch.testing.assert_close(got[0, 0], want, rtol=1e-2, atol=1e-3)
+
+
+def test_what_kept_sums_from_one_cache_does_not_keep_them_from_the_next(layer):
+    made = layer(break_even=0)
+    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE, dtype=torch.float16))
+    assert made.impl.sums is None
+    made.impl.prepare(made.cache)
+    assert made.impl.sums is not None
