@@ -110,6 +110,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.window = sliding_window
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
+        self.cache_config = vllm_config.cache_config
         self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
         if self.always_dense:
             STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
@@ -170,6 +171,13 @@ class SparseCudaImpl(TritonAttentionImpl):
             return "a KV connector fills pages, which come without"
         if unit(page) is None:
             return f"pages of {page} tokens are no part or multiple of {BLOCK}"
+        # Where a prefix hit ends inside a block, vLLM copies the block's keys, and not their sums.
+        # Of one unit that is no matter: the first token that is written after them sums it anew.
+        shared = getattr(self.cache_config, "hash_block_size", None)
+        blocks = self.cache_config.num_gpu_blocks
+        tokens = pages * page // blocks if blocks else page
+        if self.cache_config.enable_prefix_caching and shared and max(shared, unit(page)) < tokens:
+            return f"vLLM shares prefixes by {shared} tokens and parts of blocks of {tokens}"
         if not k_cache.is_cuda:
             return None
         need = pages * page // unit(page) * heads * size * self.dtype.itemsize

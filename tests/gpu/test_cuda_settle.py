@@ -82,3 +82,23 @@ def test_what_kept_sums_from_one_cache_does_not_keep_them_from_the_next(layer):
     assert made.impl.sums is None
     made.impl.prepare(made.cache)
     assert made.impl.sums is not None
+
+
+@pytest.mark.parametrize(
+    "block, shared, caching, kept",
+    [
+        (16, 16, True, True),
+        (128, 128, True, True),  # prefixes end where blocks do
+        (128, 32, True, False),
+        (128, 32, False, True),
+        (16, None, True, True),  # a vLLM that shares whole blocks alone
+    ],
+)
+def test_no_sums_are_kept_where_vllm_copies_parts_of_blocks(layer, block, shared, caching, kept):
+    """A copied block has its keys' sums only where it is no longer than what a sum is over."""
+    made = layer(break_even=0)
+    config = made.config.cache_config
+    config.enable_prefix_caching, config.num_gpu_blocks = caching, 1024 // block
+    config.hash_block_size = shared
+    made.impl.prepare(torch.zeros(64, KV_HEADS, PAGE, 2 * SIZE, dtype=torch.float16))
+    assert (made.impl.sums is not None) == kept
