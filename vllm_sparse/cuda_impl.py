@@ -26,8 +26,8 @@ from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.paged_cache import FP8, check_scales
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
-from .planner.break_even import NEVER
 from .planner.device import plan_on_device
+from .planner.device_break_even import NEVER_PAYS, BreakEven
 from .runtime import HeadSettings, Model
 from .stats import STATS
 
@@ -102,7 +102,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         # What follows is known once the cache is laid out; see `settle`.
         self.page: int | None = None
         self.flash: Flash | None = None
-        self.break_even = NEVER
+        self.break_even = NEVER_PAYS
         self.counters: Counters | None = None
         self.patterns: tuple | None = None
         self.sums: PageSums | None = None
@@ -365,7 +365,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         )
 
 
-def of_first_rank(measure: Callable[[], int]) -> int:
+def of_first_rank(measure: Callable[[], BreakEven]) -> BreakEven:
     """What `measure` finds on the first tensor-parallel rank, on all of them."""
     group = get_tp_group()
     return group.broadcast_object(measure() if group.rank_in_group == 0 else None)

@@ -16,7 +16,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
-from .planner.break_even import NEVER
+from .planner.device_break_even import NEVER_PAYS
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -66,7 +66,8 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         # Layers with a window are vLLM's throughout, and have no break-even.
         sparse = [impl for impl in impls if not impl.always_dense]
         self.all_dense = not sparse
-        self.break_even = max((impl.break_even for impl in sparse), default=NEVER)
+        # Those of a group are of one shape.
+        self.break_even = sparse[0].break_even if sparse else NEVER_PAYS
         ours = [
             name
             for name, layer in layers.items()
@@ -105,7 +106,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if not self.all_dense and common.max_query_len > 1:
             seq_lens = host_lengths(common)[:num_seqs]
             sparse = [
-                n > 1 and prompts[i] and seq_lens[i] >= self.break_even
+                n > 1 and prompts[i] and self.break_even.pays(n, seq_lens[i])
                 for i, n in enumerate(query_lens)
             ]
         decodes = [

@@ -17,6 +17,7 @@ from .kernels.gpu.launch import check_fp8
 from .kernels.paged_cache import FP8
 from .planner import device_break_even
 from .planner.device import forget
+from .planner.device_break_even import BreakEven
 from .runtime import count_flagged, say_active
 from .stats import STATS
 
@@ -109,8 +110,8 @@ def start(
     device: torch.device,
     cache_dtype: torch.dtype | None = None,
     has_sinks: bool = False,
-    of_first_rank: Callable[[Callable[[], int]], int] = lambda measure: measure(),
-) -> int:
+    of_first_rank: Callable[[Callable[[], BreakEven]], BreakEven] = lambda measure: measure(),
+) -> BreakEven:
     """The break-even of layers of one shape; heads are this rank's, `chunk` is the most tokens of
     a step, `dense` is what runs below the break-even, `cache_dtype` what the cache holds (None:
     dtype). Compiles what serving will launch, and logs the start-up line.
@@ -132,15 +133,18 @@ def start(
         *shape, page=page, device=device, mean_correction=config.mean_correction,
         cache_dtype=cache_dtype, sinks=has_sinks,
     )  # fmt: skip
-    break_even, source = config.break_even, "given"
-    if break_even is None:
-        break_even = of_first_rank(
-            lambda: device_break_even.break_even(
-                *shape, chunk, page, device, dense, cache_dtype=cache_dtype
-            )
-        )
+    if config.break_even is not None:
+        found, source = BreakEven.given(config.break_even), "given"
+    else:
+
+        def of_rows(rows: int) -> int:
+            where = (rows, page, device, dense)
+            return device_break_even.break_even(*shape, *where, cache_dtype=cache_dtype)
+
+        found = of_first_rank(lambda: device_break_even.break_evens(chunk, of_rows))
         source = "measured"
+        logger.info("Break-even of chunks by rows: %s", found.line())
     forget()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
-    say_active(logger, config, break_even, source, f"Triton on {name}")
-    return break_even
+    say_active(logger, config, found.tokens, source, f"Triton on {name}")
+    return found

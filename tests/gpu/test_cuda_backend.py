@@ -230,6 +230,6 @@ def test_what_is_measured_and_compiled_at_start_has_the_caches_dtype(layer, monk
     )  # fmt: skip
     for cache, dtype in (("auto", torch.float16), ("fp8", torch.float8_e4m3fn)):
         made = layer(kv_cache_dtype=cache)
-        assert made.impl.break_even == 4096 and seen.pop() == dtype
+        assert made.impl.break_even.tokens == 4096 and seen.pop() == dtype
         compiled = made.warm_ups[-1]
         assert compiled["cache_dtype"] == dtype

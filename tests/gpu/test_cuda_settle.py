@@ -10,7 +10,9 @@ from cuda_layer import KV_HEADS, NAME, PAGE, SIZE, Layer
 from gpu_cases import HAS_GPU
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from vllm_sparse import cuda_impl, cuda_metadata
+from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime
+from vllm_sparse.planner.break_even import NEVER
+from vllm_sparse.planner.device_break_even import BreakEven, break_evens
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
 
@@ -23,7 +25,7 @@ def layer(llama, monkeypatch):
 def test_what_goes_by_pages_is_settled_once_for_the_pages_of_the_cache(layer):
     """vLLM makes builders twice, and may change its block size between layers and builders."""
     made = layer(break_even=300)
-    assert [w["page"] for w in made.warm_ups] == [PAGE] and made.impl.break_even == 300
+    assert [w["page"] for w in made.warm_ups] == [PAGE] and made.impl.break_even.tokens == 300
     made.build()
     assert len(made.warm_ups) == 1
     made.build(page=64)
@@ -34,7 +36,9 @@ def test_a_layer_that_is_dense_has_no_say_in_the_break_even(layer, monkeypatch):
     """Without the hybrid KV cache manager, layers with and without a window share a group."""
     made = layer(break_even=5000)
     with_window = SimpleNamespace(
-        impl=SimpleNamespace(always_dense=True, break_even=0, counters=None, settle=lambda *a: None)
+        impl=SimpleNamespace(
+            always_dense=True, break_even=BreakEven.given(0), counters=None, settle=lambda *a: None
+        )
     )
     layers = {"model.layers.1.attn": with_window, NAME: made.layer}
     monkeypatch.setattr(cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers)
@@ -102,3 +106,36 @@ def test_no_sums_are_kept_where_vllm_copies_parts_of_blocks(layer, block, shared
     config.hash_block_size = shared
     made.impl.prepare(torch.zeros(64, KV_HEADS, PAGE, 2 * SIZE, dtype=torch.float16))
     assert (made.impl.sums is not None) == kept
+
+
+def test_fewer_rows_have_a_break_even_of_their_own():
+    asked = []
+
+    def of_rows(rows: int) -> int:
+        asked.append(rows)
+        return {4096: 4096, 2048: 9000, 1024: NEVER}[rows]
+
+    found = break_evens(4096, of_rows)
+    assert asked == [4096, 2048, 1024]  # where it never pays, it does not with fewer
+    assert found.tokens == 4096
+    assert found.line() == "4096 rows: 4096 tokens, 2048 rows: 9000 tokens, 1024 rows: never"
+    pays = [(4096, 4096), (2048, 9000), (4000, 9000), (4096, 100_000)]
+    does_not = [(4095, 8999), (4096, 4095), (2047, 9000), (1024, 1 << 20), (2, 1 << 20)]
+    assert all(found.pays(*case) for case in pays)
+    assert not any(found.pays(*case) for case in does_not)
+    assert break_evens(256, lambda rows: 512).steps == ((256, 512),)
+    # What a user gives is for chunks of any length.
+    assert BreakEven.given(200).pays(2, 200) and not BreakEven.given(200).pays(4096, 199)
+
+
+def test_the_end_of_a_long_prompt_is_dense_where_its_rows_are_few(layer, monkeypatch):
+    """Planning would read all keys for them, and so does dense attention, once."""
+    monkeypatch.setattr(
+        cuda_runtime.device_break_even, "break_even",
+        lambda *a, **k: 500 if a[4] >= 1024 else NEVER,
+    )  # fmt: skip
+    made = layer(coverage=1.0)
+    assert made.impl.break_even.steps == ((4096, 500), (2048, 500), (1024, 500), (512, NEVER))
+    out, want, metadata = made.step([(800, 20)])
+    assert metadata.segments is None and made.calls == [(20, 1)]
+    torch.testing.assert_close(out, want, rtol=4e-3, atol=4e-3)
