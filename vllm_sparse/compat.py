@@ -145,6 +145,22 @@ def flash_attention(head_size: int) -> tuple[Callable, int] | None:
     return (flash_attn_varlen_func, version) if version in (2, 3) else None
 
 
+def makes_draft(vllm_config) -> bool:
+    """Whether vLLM is making the layers of a draft model, in speculative decoding.
+
+    Most drafts are made under the target's configuration, and tell by the tag that vLLM compiles
+    them under ("eagle_head", "draft_model", ...).
+    """
+    if vllm_config.speculative_config is None:
+        return False
+    if getattr(vllm_config.model_config, "runner_type", None) == "draft":
+        return True
+    from vllm.compilation import backends
+
+    tag = getattr(backends, "model_tag", "")
+    return tag.endswith("_head") or tag in ("draft_model", "extract_hidden_states")
+
+
 def worker_cores(threads: int) -> list[int] | None:
     """The cores this worker's `threads` OpenMP threads are pinned to, the caller's own first.
 

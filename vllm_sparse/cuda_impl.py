@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
 
-from . import log
+from . import compat, log
 from .config import SECTION, SparseConfig
 from .cuda_backend import cache_problem
 from .cuda_dense import Flash, flash_for, triton_dense
@@ -26,6 +26,7 @@ from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.paged_cache import FP8, check_scales
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
+from .patterns import ADAPTIVE
 from .planner.device import plan_on_device
 from .planner.device_break_even import NEVER_PAYS, BreakEven
 from .runtime import HeadSettings, Model
@@ -114,7 +115,13 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
         if self.always_dense:
             STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
-        self.heads = HeadSettings.of(self.config, Model.of(vllm_config))
+        # A draft's layers are not those that the settings' layers and patterns are of.
+        self.layers = 0
+        self.heads = HeadSettings()
+        if not compat.makes_draft(vllm_config):
+            model = Model.of(vllm_config)
+            self.layers = model.layers
+            self.heads = HeadSettings.of(self.config, model)
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False
@@ -356,6 +363,9 @@ class SparseCudaImpl(TritonAttentionImpl):
 
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)
+        if index >= self.layers:  # a draft's, which goes on counting after the target's layers
+            self.patterns = (ADAPTIVE,) * self.num_heads
+            return
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.patterns = self.heads.patterns(index, first_head, self.num_heads)
         phi = self.heads.phi(index, first_head, self.num_heads)
