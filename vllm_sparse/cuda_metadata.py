@@ -56,7 +56,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.most_rows = decode_rows(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
@@ -142,7 +142,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         part = replace(
             whole,
             num_actual_tokens=end - begin,
-            max_query_len=max(query_lens[first:last]),
+            max_query_len=self._most_rows_of(query_lens[first:last], decodes),
             query_start_loc=whole.query_start_loc[first : last + 1] - begin,
             max_seq_len=max(lengths),
             seq_lens=whole.seq_lens[first:last],
@@ -150,6 +150,12 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             slot_mapping=whole.slot_mapping[begin:end],
         )
         return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+
+    def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
+        """Most rows of a sequence of a segment, on the device as well: with adaptive verification
+        vLLM only says there how speculated tokens are spread over sequences."""
+        most = max(query_lens)
+        return self.most_rows if decodes and most > 1 else most
 
     def _count(self, query_lens: list[int], sparse: list[bool], decodes: list[bool]) -> None:
         chunks = [n for n, decode in zip(query_lens, decodes, strict=True) if not decode]
