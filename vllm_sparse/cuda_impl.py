@@ -257,6 +257,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             query, *self._caches(kv_cache), metadata.block_table, metadata.query_start_loc,
             metadata.seq_lens, scale=self.scale, longest_query=metadata.max_query_len,
             longest=metadata.max_seq_len, window=self.window, out=out.view_as(query),
+            sinks=self.sinks,
         )  # fmt: skip
 
     def _decode(
@@ -340,7 +341,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.page = page
         has_sinks = self.sinks is not None
         shape = (self.head_size, self.num_heads, self.num_kv_heads)
-        self.flash = flash_for(*shape, page, self.dtype, self.cache_dtype, has_sinks, device)
+        sinks = self.sinks.dtype if has_sinks else None
+        self.flash = flash_for(*shape, page, self.dtype, self.cache_dtype, sinks, device)
         if not self.always_dense:
             self.break_even = start(
                 self.config, dtype=self.dtype, cache_dtype=self.cache_dtype,

@@ -62,7 +62,8 @@ def test_a_long_chunk_is_planned_and_read_sparsely(layer, cache):
 def test_dense_chunks_go_to_flash_attention_where_vllm_has_it(layer, monkeypatch):
     calls = []
 
-    def attend(self, q, *where, out, **given):
+    def attend(self, q, *where, out, sinks, **given):
+        assert sinks is None
         calls.append((len(q), given["longest_query"], given["longest"], given["window"]))
         reference.sparse_prefill(q, *where, None, scale=given["scale"], out=out)
 
