@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
+from .planner.device_break_even import NEVER_PAYS
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -55,14 +56,18 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.most_rows = decode_rows(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
         impls = [layer.impl for layer in self.layers]
-        self.break_even = impls[0].break_even
-        # Layers with a window are vLLM's throughout.
-        self.all_dense = all(impl.always_dense for impl in impls)
+        for layer in self.layers:
+            layer.impl.settle(layer, kv_cache_spec.block_size, device)
+        # Layers with a window are vLLM's throughout, and have no break-even.
+        sparse = [impl for impl in impls if not impl.always_dense]
+        self.all_dense = not sparse
+        # Those of a group are of one shape.
+        self.break_even = sparse[0].break_even if sparse else NEVER_PAYS
         ours = [
             name
             for name, layer in layers.items()
@@ -70,7 +75,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         ]
         # Of several KV cache groups one counts the step.
         self.counts = bool(ours) and ours[0] in layer_names
-        counters = [impl.counters for impl in impls if impl.counters is not None]
+        counters = {impl.counters for impl in impls if impl.counters is not None}
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
 
     def build(
@@ -101,7 +106,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if not self.all_dense and common.max_query_len > 1:
             seq_lens = host_lengths(common)[:num_seqs]
             sparse = [
-                n > 1 and prompts[i] and seq_lens[i] >= self.break_even
+                n > 1 and prompts[i] and self.break_even.pays(n, seq_lens[i])
                 for i, n in enumerate(query_lens)
             ]
         decodes = [
@@ -137,7 +142,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         part = replace(
             whole,
             num_actual_tokens=end - begin,
-            max_query_len=max(query_lens[first:last]),
+            max_query_len=self._most_rows_of(query_lens[first:last], decodes),
             query_start_loc=whole.query_start_loc[first : last + 1] - begin,
             max_seq_len=max(lengths),
             seq_lens=whole.seq_lens[first:last],
@@ -145,6 +150,12 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             slot_mapping=whole.slot_mapping[begin:end],
         )
         return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+
+    def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
+        """Most rows of a sequence of a segment, on the device as well: with adaptive verification
+        vLLM only says there how speculated tokens are spread over sequences."""
+        most = max(query_lens)
+        return self.most_rows if decodes and most > 1 else most
 
     def _count(self, query_lens: list[int], sparse: list[bool], decodes: list[bool]) -> None:
         chunks = [n for n, decode in zip(query_lens, decodes, strict=True) if not decode]
