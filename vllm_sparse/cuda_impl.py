@@ -21,9 +21,16 @@ from .impl import refuse_special
 from .kernels.block_indices import BLOCK
 from .kernels.gpu import left_out
 from .kernels.gpu.block_means import PageSums, unit
-from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
+from .kernels.gpu.paged_decode import (
+    Workspace,
+    members_of,
+    paged_decode,
+    shared_workspace,
+    warm_up,
+)
 from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.paged_cache import FP8, check_scales
+from .kernels.shared_prefix import SharedPrefixes
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
 from .patterns import ADAPTIVE
@@ -109,6 +116,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.sums: PageSums | None = None
         self.summed: tuple | None = None  # address and shape of the cache that `sums` is for
         self.window = sliding_window
+        # Most sequences whose decode reads what they begin with together; below 2: none do.
+        self.members = 0
+        if self.config.shared_prefix and sliding_window is None:
+            self.members = members_of(num_heads // num_kv_heads, head_size, self.most_rows)
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
         self.cache_config = vllm_config.cache_config
@@ -221,7 +232,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         segments = attn_metadata.segments
         if segments is None and attn_metadata.decodes:
             tokens = attn_metadata.num_actual_tokens
-            self._decode(layer, attn_metadata, query[:tokens], kv_cache, output[:tokens])
+            given = (query[:tokens], kv_cache, output[:tokens])
+            self._decode(layer, attn_metadata, attn_metadata.shared, *given)
             return output
         if segments is None or self.always_dense:
             tokens = attn_metadata.num_actual_tokens
@@ -232,7 +244,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
-                self._decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
+                given = (query[rows], kv_cache, output[rows])
+                self._decode(layer, segment.metadata, segment.shared, *given)
             elif segment.sparse:
                 self._sparse(layer, segment, query[rows], kv_cache, output[rows])
             else:
@@ -264,6 +277,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         self,
         layer,
         metadata: TritonAttentionMetadata,
+        shared: SharedPrefixes | None,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         out: torch.Tensor,
@@ -282,6 +296,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             max_query_len=metadata.max_query_len,
             window=self.window,
             sinks=self.sinks,
+            shared=shared if self.window is None else None,
             workspace=self.workspace,
             **self._scales(layer),
         )
@@ -355,7 +370,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             warm_up(
                 device, self.dtype, self.cache_dtype, self.num_heads, self.num_kv_heads,
                 self.head_size, page, self.longest, self.most_seqs, self._softmax(),
-                self.window, has_sinks, self.most_rows,
+                self.window, has_sinks, self.most_rows, self.members > 1,
             )  # fmt: skip
 
     def _softmax(self) -> Softmax:

@@ -16,6 +16,8 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
+from .kernels.gpu.shared_prefix import Room, shared_prefixes
+from .kernels.shared_prefix import SharedPrefixes
 from .planner.device_break_even import NEVER_PAYS
 from .stats import STATS, Reporter
 
@@ -33,6 +35,7 @@ class GpuSegment:
     metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
     decodes: bool  # one row each, or one and the tokens speculated after it
     sparse: bool  # False: vLLM's own kernels attend
+    shared: SharedPrefixes | None = None  # what its sequences begin with together, if they decode
 
 
 @dataclass
@@ -40,10 +43,12 @@ class SparseCudaMetadata(TritonAttentionMetadata):
     """vLLM's, and how the step is cut where some of it is sparse (None: it is not cut).
 
     decodes: a step that is not cut is all decoding.
+    shared: what the sequences of such a step begin with together; None: it was not looked for.
     """
 
     segments: list[GpuSegment] | None = None
     decodes: bool = False
+    shared: SharedPrefixes | None = None
 
 
 class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -77,6 +82,13 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         self.counts = bool(ours) and ours[0] in layer_names
         counters = {impl.counters for impl in impls if impl.counters is not None}
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
+        self.page = kv_cache_spec.block_size
+        self.sharing = next(iter(counters)).sharing if self.counts and counters else None
+        self.room = None
+        if (members := max(impl.members for impl in impls)) > 1:
+            graphs = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+            most = max(vllm_config.scheduler_config.max_num_seqs, *graphs)
+            self.room = Room(most, members, device)
 
     def build(
         self,
@@ -115,7 +127,8 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if self.counts:
             self._count(query_lens, sparse, decodes)
         if not any(sparse):
-            return SparseCudaMetadata(**fields, decodes=all(decodes))
+            shared = self._shared(whole, self.room) if all(decodes) else None
+            return SparseCudaMetadata(**fields, decodes=all(decodes), shared=shared)
         kinds = list(zip(sparse, decodes, strict=True))
         cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
         segments = [
@@ -134,6 +147,18 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             replace(common_attn_metadata, is_prefilling=decoding)
         )
 
+    def _shared(
+        self, metadata: TritonAttentionMetadata, into: Room | None = None
+    ) -> SharedPrefixes | None:
+        """What the sequences of a batch that decodes begin with together, padding included. `into`:
+        where a captured graph looks for it."""
+        if self.room is None or len(metadata.seq_lens) < 2:
+            return None
+        return shared_prefixes(
+            metadata.block_table, metadata.query_start_loc, metadata.seq_lens, page=self.page,
+            members=self.room.members, into=into, sharing=self.sharing,
+        )  # fmt: skip
+
     def _segment(
         self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes
     ) -> GpuSegment:
@@ -149,7 +174,9 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             block_table=whole.block_table[first:last],
             slot_mapping=whole.slot_mapping[begin:end],
         )
-        return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+        shared = self._shared(part) if decodes else None
+        lens = query_lens[first:last]
+        return GpuSegment(begin, end, lens, lengths, part, decodes, sparse, shared)
 
     def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
         """Most rows of a sequence of a segment, on the device as well: with adaptive verification

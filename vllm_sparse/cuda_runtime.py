@@ -47,6 +47,7 @@ class Counters:
         self.on_gpu = device.type == "cuda"
         self.read = torch.zeros((), dtype=torch.int64, device=device)
         self.flagged = torch.zeros(1, dtype=torch.int64, device=device)
+        self.sharing = torch.zeros(1, dtype=torch.int64, device=device)
         self.causal = 0
         self.timers: list[tuple[Any, Any, Any]] = []
 
@@ -80,6 +81,8 @@ class Counters:
         STATS.keys_read += int(self.read)
         self.read.zero_()
         count_flagged(self.flagged)
+        STATS.shared_rows += int(self.sharing)
+        self.sharing.zero_()
         STATS.keys_causal += self.causal
         self.causal = 0
         for begin, planned, end in self.timers:

@@ -3,6 +3,8 @@ in for vLLM's own, which does not run without a GPU."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from cuda_layer import HEADS, KV_HEADS, SIZE, Layer
@@ -11,9 +13,10 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_sparse import cuda_impl, cuda_runtime
+from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime
 from vllm_sparse.cuda_dense import Flash
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.gpu.shared_prefix import shared_prefixes
 from vllm_sparse.patterns import PatternFile
 from vllm_sparse.stats import STATS
 
@@ -116,6 +119,52 @@ def test_speculated_tokens_are_ours(layer):
     out, want, metadata = made.step([(50, 3), (3, 1)], [False, False])
     torch.testing.assert_close(out, want, rtol=2e-3, atol=2e-3)
     assert metadata.segments is None and metadata.decodes and made.calls == [(3, 1)]
+
+
+@pytest.fixture
+def short_prefixes(monkeypatch):
+    monkeypatch.setattr(
+        cuda_metadata, "shared_prefixes", functools.partial(shared_prefixes, fewest=64)
+    )
+
+
+@pytest.mark.parametrize("setting", [None, True])
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_decode_reads_a_shared_prefix_once_where_it_is_asked_to(
+    layer, cache, setting, short_prefixes
+):
+    made = layer(break_even=0, shared_prefix=setting, kv_cache_dtype=cache)
+    out, want, metadata = made.step([(300, 1), (250, 1), (270, 1)], shared=10)
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+    if setting is None:
+        assert metadata.shared is None
+        return
+    assert metadata.shared.keys.tolist() == [128] * 3
+    before = STATS.shared_rows
+    made.impl.counters.settle()
+    assert STATS.shared_rows - before == 3
+    # At the same address in every step: captured graphs look there.
+    at = metadata.shared.members.data_ptr()
+    _, _, metadata = made.step([(300, 1), (250, 1), (270, 1)])
+    assert metadata.shared.members.data_ptr() == at
+    assert not metadata.shared.keys.any()
+
+
+def test_the_decodes_of_a_mixed_step_share_among_themselves(layer, short_prefixes):
+    made = layer(break_even=64, shared_prefix=True)
+    out, want, metadata = made.step([(300, 1), (250, 1), (180, 100)], shared=10)
+    torch.testing.assert_close(out[:2], want[:2], atol=2e-3, rtol=2e-3)
+    assert [s.decodes for s in metadata.segments] == [True, False]
+    assert metadata.segments[0].shared.keys.tolist() == [128] * 2
+    assert metadata.segments[1].shared is None
+
+
+def test_speculated_tokens_share_a_prefix(layer, short_prefixes):
+    made = layer(break_even=0, shared_prefix=True, speculated=3)
+    rows = [(300, 4), (250, 2), (270, 1)]
+    out, want, metadata = made.step(rows, prompts=[False] * 3, shared=10)
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+    assert metadata.shared.keys.tolist() == [128] * 3
 
 
 def test_a_graph_is_captured_of_decoding_alone(layer):

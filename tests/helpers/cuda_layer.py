@@ -108,20 +108,25 @@ class Layer:
         assert layer is self.layer
         reference.write_kv(key, value, *self.caches(cache), slots, **self.scales)
 
-    def step(self, rows: list[tuple[int, int]], prompts=None, seed: int = 0):
-        """(computed, new) tokens of each sequence, whose pages follow each other."""
+    def step(self, rows: list[tuple[int, int]], prompts=None, seed: int = 0, shared: int = 0):
+        """(computed, new) tokens of each sequence, whose pages follow each other; the first
+        `shared` pages are those of the first sequence in all."""
         generator = torch.Generator().manual_seed(seed)
         new = [n for _, n in rows]
         total = torch.tensor([a + b for a, b in rows], dtype=torch.int32)
         starts = torch.tensor([0, *new]).cumsum(0).int()
         each = PAGES // len(rows)
         table = torch.arange(each * len(rows), dtype=torch.int32).view(len(rows), each)
-        slots = torch.cat(
-            [i * each * PAGE + torch.arange(a, a + n) for i, (a, n) in enumerate(rows)]
-        )
+        table[:, :shared] = table[0, :shared]
+
+        def places(i: int, first: int, count: int) -> torch.Tensor:
+            at = torch.arange(first, first + count)
+            return table[i].long()[at // PAGE] * PAGE + at % PAGE
+
+        slots = torch.cat([places(i, *row) for i, row in enumerate(rows)])
         for i, (computed, _) in enumerate(rows):
             old = torch.randn(computed, 1, 2 * SIZE, generator=generator).half()
-            before = i * each * PAGE + torch.arange(computed)
+            before = places(i, 0, computed)
             reference.write_kv(*old.chunk(2, -1), *self.caches(self.cache), before, **self.scales)
             self.impl.prepare(self.cache)
             if self.impl.sums is not None:
