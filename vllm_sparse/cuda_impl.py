@@ -213,7 +213,9 @@ class SparseCudaImpl(TritonAttentionImpl):
         self._prepare(layer, query.device)
         if attn_metadata is None:  # vLLM measures memory: show it what planning will take
             if not self.always_dense:
-                need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
+                vertical = max(p.vertical or 0 for p in self.patterns)
+                shape = (self.num_heads, self.head_size)
+                need = workspace_bytes(self.chunk, self.longest, *shape, vertical)
                 if self.config.mean_correction:
                     need += left_out.means_bytes(self.longest, self.num_kv_heads, self.head_size)
                 torch.empty(need, dtype=torch.uint8, device=query.device)
