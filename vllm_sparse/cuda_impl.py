@@ -163,7 +163,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             # Compiles the kernels, and writes nothing.
             on = k_cache.device
             self.sums.update(k_cache, torch.full((2,), -1, device=on))
-            scale = torch.ones(1, device=on) if self.fp8 else None
+            scale = torch.ones(1, dtype=torch.float32, device=on) if self.fp8 else None
             table = torch.zeros(1, dtype=torch.int32, device=on)
             self.sums.means(table, 1, torch.arange(k_cache.shape[1], device=on), scale)
             return
