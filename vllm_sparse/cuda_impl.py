@@ -174,7 +174,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             # Compiles the kernels, and writes nothing.
             on = k_cache.device
             self.sums.update(k_cache, torch.full((2,), -1, device=on))
-            scale = torch.ones(1, device=on) if self.fp8 else None
+            scale = torch.ones(1, dtype=torch.float32, device=on) if self.fp8 else None
             table = torch.zeros(1, dtype=torch.int32, device=on)
             self.sums.means(table, 1, torch.arange(k_cache.shape[1], device=on), scale)
             return
@@ -224,7 +224,9 @@ class SparseCudaImpl(TritonAttentionImpl):
         self._prepare(layer, query.device)
         if attn_metadata is None:  # vLLM measures memory: show it what planning will take
             if not self.always_dense:
-                need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
+                vertical = max(p.vertical or 0 for p in self.patterns)
+                shape = (self.num_heads, self.head_size)
+                need = workspace_bytes(self.chunk, self.longest, *shape, vertical)
                 if self.config.mean_correction:
                     need += left_out.means_bytes(self.longest, self.num_kv_heads, self.head_size)
                 torch.empty(need, dtype=torch.uint8, device=query.device)

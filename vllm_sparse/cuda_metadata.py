@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from vllm.config import get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import (
@@ -66,8 +66,9 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
         impls = [layer.impl for layer in self.layers]
-        for layer in self.layers:
-            layer.impl.settle(layer, kv_cache_spec.block_size, device)
+        with set_current_vllm_config(vllm_config):  # it may name a FlashAttention
+            for layer in self.layers:
+                layer.impl.settle(layer, kv_cache_spec.block_size, device)
         # Layers with a window are vLLM's throughout, and have no break-even.
         sparse = [impl for impl in impls if not impl.always_dense]
         self.all_dense = not sparse

@@ -16,6 +16,7 @@ from .kernels.block_indices import BLOCK, TILE
 from .kernels.gpu.launch import check_fp8
 from .kernels.paged_cache import FP8
 from .planner import device_break_even
+from .planner.adaptive import COLUMN_SHARE, MAX_COLUMNS, MIN_COLUMNS
 from .planner.device import forget
 from .planner.device_break_even import BreakEven
 from .runtime import count_flagged, say_active
@@ -24,20 +25,28 @@ from .stats import STATS
 logger = log.get_logger(__name__)
 
 PLAN_BYTES = 20  # for each tile, head and block: scores, masks and lists at their largest
+COLUMN_BYTES = 12  # for each tile, head and candidate column: lists as planned, clean and packed
 # For each head and key: what it is worth as a column, its order, and a 64th of what rows give its
 # block.
 KEY_BYTES = 28
 MOST_TIMERS = 4096
 
 
-def workspace_bytes(chunk: int, longest: int, heads: int, head_size: int) -> int:
-    """Memory that planning a chunk of the longest context takes for a while, in bytes.
+def workspace_bytes(chunk: int, longest: int, heads: int, head_size: int, vertical: int = 0) -> int:
+    """Memory that planning a step of the longest contexts takes for a while, in bytes.
 
-    An estimate from the tensors that are made; it has not been compared with a GPU's count.
+    An estimate from the tensors that are made, held to them by a test; it has not been compared
+    with a GPU's count, and leaves out what torch's sorting takes inside.
+
+    Args:
+        vertical: the most columns of a head's fixed budget.
     """
     blocks = -(-longest // BLOCK)
-    tiles = -(-chunk // TILE)
-    return heads * (tiles * blocks * PLAN_BYTES + longest * KEY_BYTES + blocks * head_size * 8)
+    # Each sequence of a step has a last tile of its own.
+    tiles = -(-chunk // TILE) + chunk // device_break_even.FEWEST_ROWS
+    columns = max(min(max(longest // COLUMN_SHARE, MIN_COLUMNS), MAX_COLUMNS), vertical)
+    of_tiles = tiles * (blocks * PLAN_BYTES + columns * COLUMN_BYTES)
+    return heads * (of_tiles + longest * KEY_BYTES + blocks * head_size * 8)
 
 
 class Counters:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._device import _device_constructors
 
 from vllm_sparse import cuda_runtime
 from vllm_sparse.config import SparseConfig
+from vllm_sparse.kernels.gpu import launch
 from vllm_sparse.kernels.gpu.row_scores import _row_sums
 from vllm_sparse.planner import device, device_break_even
 from vllm_sparse.planner.break_even import NEVER
@@ -95,3 +97,18 @@ def test_a_start_takes_nothing_from_torchs_defaults(
     monkeypatch.setattr(device_break_even, "LENGTHS", (4096,))
     with NothingByDefault():
         assert start({}, cache_dtype, has_sinks).tokens in (4096, NEVER)
+
+
+def test_slices_of_a_batch_compile_no_code_of_their_own():
+    """A segment that does not begin with the batch has addresses that are not multiples of 16,
+    which Triton would compile for while it serves. (`split_decode` has a test beside it.)"""
+    sliced = {"table", "block_table", "seq_lens", "query_start_loc", "slot_mapping"}
+    seen = 0
+    for name, kernel in launch.kernels().items():
+        function = kernel.function  # interpreted or compiled
+        given = getattr(function, "kwargs", None) or vars(function)
+        exempt = set(given.get("do_not_specialize_on_alignment") or ())
+        ours = sliced.intersection(inspect.signature(function.fn).parameters)
+        seen += len(ours)
+        assert name == "split_decode" or ours <= exempt, (name, ours - exempt)
+    assert seen > 15
