@@ -60,9 +60,11 @@ def run(
     max_tokens: int = 16,
     env: dict[str, str] | None = None,
     expect_failure: bool = False,
+    script: str | Path = __file__,
     **engine,
 ) -> Run | str:
-    """Generate greedily, one batch of token-id prompts after another, in one engine.
+    """Generate greedily, one batch of token-id prompts after another, in one engine, which
+    `script` makes.
 
     Returns:
         The Run, or with `expect_failure` the log of an engine that did not start.
@@ -81,7 +83,7 @@ def run(
     }
     job = json.dumps({"engine": arguments, "batches": batches, "max_tokens": max_tokens})
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

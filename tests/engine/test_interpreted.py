@@ -1,0 +1,64 @@
+"""The CUDA backend in a running engine: vLLM's runner on a CPU, the Triton kernels interpreted."""
+
+from __future__ import annotations
+
+import interpreted_engine
+import pytest
+from engine_run import prompt, run
+from tiny_models import save_llama
+
+TEXT = prompt(300, 1)
+REPEATS = prompt(20, 8) * 3
+BATCHES = [
+    [prompt(10, 3)],
+    [TEXT],
+    # Chunks, prefix hits, and steps that mix them with decodes.
+    [TEXT + prompt(20, 2), TEXT[:200] + prompt(5, 4), prompt(90, 5)],
+    # 10 pages each, of 31 that can be used, and the third new token of each needs an eleventh.
+    [prompt(318, seed) for seed in (6, 7, 9)],
+]
+SIZES = {
+    "max_tokens": 8, "max_num_batched_tokens": 256, "max_model_len": 512, "block_size": 32,
+    "kv_cache_memory_bytes": 2 << 20,  # 32 pages of 32 tokens x 2 layers x 2 heads x 2 x 64 floats
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("llama"), layers=2)
+
+
+def interpreted(model, batches, sparse, **engine):
+    return run(
+        model, batches, script=interpreted_engine.FILE, env=interpreted_engine.ENVIRONMENT,
+        attention_backend="sparse", additional_config={"sparse": {"coverage": 1.0, **sparse}},
+        **SIZES | engine,
+    )  # fmt: skip
+
+
+def test_tokens_are_those_of_vllms_backend(model):
+    dense = run(model, BATCHES, **SIZES)
+    ours = interpreted(model, BATCHES, {"break_even": 64, "shared_prefix": True})
+    assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
+    assert ours.tokens == dense.tokens
+    assert ours.cached[2] == [288, 192, 0]
+    assert ours.preemptions[3] > 0
+    [stats] = ours.stats
+    assert stats["sparse_chunks"] > 8 and stats["dense_chunks"] >= 1
+    assert stats["keys_read"] == stats["keys_causal"] > 0
+    assert stats["shared_rows"] > 10
+    assert "kernels Triton on Triton's interpreter" in ours.log
+
+
+def test_speculated_tokens(model):
+    """Found in the prompt, checked by decode: several rows a sequence, some of them thrown away."""
+    speculative = {
+        "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }  # fmt: skip
+    batches = [[REPEATS, TEXT[:100]]]
+    dense = run(model, batches, **SIZES)
+    ours = interpreted(model, batches, {"break_even": 64}, speculative_config=speculative)
+    assert ours.tokens == dense.tokens
+    [stats] = ours.stats
+    assert stats["decode_rows"] > 2 * (SIZES["max_tokens"] - 1)  # more than one a step

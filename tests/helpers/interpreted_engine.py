@@ -1,0 +1,53 @@
+"""An engine whose layers have the CUDA backend, on a CPU: Triton interprets the kernels.
+
+What runs is vLLM's own runner, scheduler and cache on one side, and our builder, layers, planning
+and kernels for GPUs on the other. Stand-ins: plain torch for vLLM's kernels (writing the cache,
+dense attention), which Triton's interpreter does not run, and nothing for the warm-up.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+from engine_run import _generate
+
+FILE = Path(__file__)
+FEWEST_SHARED = 64  # keys; the prompts that an interpreter reads are short
+ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+def stand_in() -> None:
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+
+    from vllm_sparse import cpu_platform, cuda_metadata, cuda_runtime, plugin
+    from vllm_sparse.kernels import reference
+
+    def halves(impl, cache):
+        return cache[..., : impl.head_size], cache[..., impl.head_size :]
+
+    def write(impl, layer, key, value, cache, slot_mapping):
+        reference.write_kv(key, value, *halves(impl, cache), slot_mapping)
+
+    def attend(impl, layer, query, key, value, cache, metadata, output, *scales):
+        tokens = metadata.num_actual_tokens
+        reference.sparse_prefill(
+            query[:tokens], *halves(impl, cache), metadata.block_table, metadata.query_start_loc,
+            metadata.seq_lens, None, scale=impl.scale, out=output[:tokens].view_as(query[:tokens]),
+        )  # fmt: skip
+        return output
+
+    TritonAttentionImpl.do_kv_cache_update = write
+    TritonAttentionImpl.forward = attend
+    cpu_platform.BACKEND_PATH = plugin.CUDA_BACKEND_PATH
+    cuda_runtime.device_break_even.warm_up = lambda *args, **more: None
+    cuda_metadata.shared_prefixes = functools.partial(
+        cuda_metadata.shared_prefixes, fewest=FEWEST_SHARED
+    )
+
+
+if __name__ == "__main__":
+    stand_in()
+    print("RESULT " + json.dumps(_generate(json.load(sys.stdin))), flush=True)
