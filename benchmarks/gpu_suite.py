@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks._form import ROOT, machine, require_editable, versions
+from benchmarks._form import ROOT, arguments, machine, require_editable, versions
 from benchmarks._gpu_steps import STEPS, Step
 from benchmarks._process import stop_tree
 
@@ -227,10 +227,7 @@ def list_steps(steps: Sequence[Step], minutes: float, out: Path) -> None:
 
 
 def parse(argv: list[str] | None, table: Sequence[Step]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = arguments(__doc__)
     names = [step.name for step in table]
     parser.add_argument("--minutes", type=float, default=8.0, help="for all steps together")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR",
@@ -268,6 +265,9 @@ def main(argv: list[str] | None = None, table: Sequence[Step] = STEPS) -> int:
         outcomes = suite.run(steps)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text((options.out / NAME).read_text())
     show(found, outcomes, options.out)
     return 1 if any(one.bad for one in outcomes) else 0
 

@@ -110,7 +110,9 @@ def test_what_is_there_is_known_while_a_step_runs(gpu, tmp_path):
 
 def test_steps_that_no_time_is_left_for_are_left_out_and_are_no_failure(gpu, tmp_path):
     table = [step("short", "1"), step("long", "1", least_s=1000.0), step("after", "1")]
-    assert gpu_suite.main(["--out", str(tmp_path)], table) == 0
+    other = tmp_path / "new" / "other.json"
+    assert gpu_suite.main(["--out", str(tmp_path), "--json", str(other)], table) == 0
+    assert json.loads(other.read_text()) == saved(tmp_path)
     states = {one["name"]: (one["state"], one["rc"]) for one in saved(tmp_path)["steps"]}
     assert states == {"short": ("passed", 0), "long": ("left out", None), "after": ("passed", 0)}
 
