@@ -82,6 +82,11 @@ STEPS = (
         share=0.9, most_s=300, least_s=45,
     ),
     Step(
+        "prefill-chunk", "the last 8K of 32K and 128K, which is a step of serving",
+        _prefill("--chunk", "8192", "--lengths", "128k", "32k", "--peers", "fa3", "triton"),
+        share=0.5, most_s=90,
+    ),
+    Step(
         "decode-batches", "decode of 8 and 64 sequences, and with 4 KV heads",
         _decode("--batches", "8", "64", "--contexts", "32768", "8192", "--heads", "32/8", "32/4"),
         share=0.5, most_s=120,

@@ -1,4 +1,4 @@
-"""Dense causal attention as others do it, on one sequence's whole prompt."""
+"""Dense causal attention as others do it, on one sequence's prompt or the last chunk of it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ Run = Callable[[], torch.Tensor]  # [T, H, D]
 FLEX_BLOCK = 128
 # Where FlashAttention 3 may be: in a CUDA build of vLLM, or its library alone in a package.
 FLASH_3 = ("vllm.vllm_flash_attn", "vllm_fa3")
+OF_CHUNKS = ("fa3", "triton")  # the others' causal masks are of whole prompts
 
 
 def peers(problem: Paged, wanted: Iterable[str] | None = None) -> Iterator[tuple[str, Run | str]]:
@@ -26,6 +27,9 @@ def peers(problem: Paged, wanted: Iterable[str] | None = None) -> Iterator[tuple
         name, make = PEERS[key]
         if problem.scales and key != "triton":
             name += " (16 bits)"
+        if problem.query_len < problem.seq_len and key not in OF_CHUNKS:
+            yield name, "its mask is of whole prompts"
+            continue
         try:
             run = make(problem)
             run()
@@ -129,13 +133,14 @@ def flash_attention_3(device: torch.device) -> Callable:
 
 def _fa3(p: Paged) -> Run:
     attend = flash_attention_3(p.q.device)
-    length = p.q.shape[0]
-    starts = torch.tensor([0, length], dtype=torch.int32, device=p.q.device)
+    of_rows, of_keys = (
+        torch.tensor([0, n], dtype=torch.int32, device=p.q.device) for n in (p.query_len, p.seq_len)
+    )
 
     def run() -> torch.Tensor:
         return attend(
-            p.q, p.k, p.v, max_seqlen_q=length, cu_seqlens_q=starts, max_seqlen_k=length,
-            cu_seqlens_k=starts, softmax_scale=p.scale, causal=True, fa_version=3,
+            p.q, p.k, p.v, max_seqlen_q=p.query_len, cu_seqlens_q=of_rows, max_seqlen_k=p.seq_len,
+            cu_seqlens_k=of_keys, softmax_scale=p.scale, causal=True, fa_version=3,
         )  # fmt: skip
 
     return run

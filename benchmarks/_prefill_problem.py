@@ -18,8 +18,8 @@ class Paged:
     k and v are what the cache stands for: with FP8 they have been rounded to it.
     """
 
-    q: object  # [T, H, D]
-    k: object  # [T, Hkv, D]
+    q: object  # [T, H, D], those of the last T of n tokens
+    k: object  # [n, Hkv, D]
     v: object
     scale: float
     caches: tuple
@@ -54,18 +54,32 @@ class Paged:
         integers = dict(dtype=torch.int32, device=k.device)
         where = (
             torch.arange(pages, **integers)[None],
-            torch.tensor([0, length], **integers),
+            torch.tensor([0, q.shape[0]], **integers),
             torch.tensor([length], **integers),
         )
         return cls(q, k, v, scale, tuple(cache.chunk(2, -1)), where, scales)
+
+    @property
+    def query_len(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def seq_len(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def pairs(self) -> float:
+        """Queries and keys that they see, of one head."""
+        before = self.seq_len - self.query_len
+        return self.query_len * (before + (self.query_len + 1) / 2)
 
     def plan(self, coverage: float):
         from vllm_sparse.patterns import ADAPTIVE
         from vllm_sparse.planner.device import plan_on_device
 
-        length, heads = self.q.shape[:2]
+        lengths = [self.query_len], [self.seq_len]
         return plan_on_device(
-            self.q, self.caches[0], self.where[0], [length], [length], (ADAPTIVE,) * heads,
+            self.q, self.caches[0], self.where[0], *lengths, (ADAPTIVE,) * self.q.shape[1],
             scale=self.scale, coverage=coverage, k_scale=self.scales.get("k_scale"),
         )  # fmt: skip
 
@@ -107,13 +121,13 @@ def check(problem: Paged, coverage: float) -> Checked:
     indices = problem.plan(coverage)
     out, lse = problem.attend(indices)
     dense, dense_lse = problem.attend(None)
-    length = problem.q.shape[0]
-    rows = torch.linspace(0, length - 1, min(CHECKED_ROWS, length), device=out.device).long()
+    last = problem.query_len - 1
+    rows = torch.linspace(0, last, min(CHECKED_ROWS, last + 1), device=out.device).long()
     truth = float32_rows(problem, rows)
     dense_error = float((dense[rows].float() - truth).abs().max() / truth.abs().max())
     error = float((out[rows].float() - truth).norm() / truth.norm())
     covered = float((lse - dense_lse).exp().mean())
-    density = indices_density(indices, length)
+    density = indices_density(indices, problem)
     why = None
     if not dense_error <= DENSE_ERROR:  # NaN fails as well
         why = f"everything selected is off by {dense_error:.2g} of the largest value"
@@ -122,11 +136,11 @@ def check(problem: Paged, coverage: float) -> Checked:
     return Checked(density, covered, error, dense_error, why, rows, truth)
 
 
-def indices_density(indices, length: int) -> float:
+def indices_density(indices, problem: Paged) -> float:
     from vllm_sparse.cuda_runtime import Counters
 
     counters = Counters(indices.blocks.device)
-    counters.add(indices, [length], [length])
+    counters.add(indices, [problem.query_len], [problem.seq_len])
     return int(counters.read) / counters.causal
 
 
@@ -135,11 +149,12 @@ def float32_rows(problem: Paged, rows):
     import torch
 
     group = problem.q.shape[1] // problem.k.shape[1]
-    key = torch.arange(problem.k.shape[0], device=rows.device)
+    key = torch.arange(problem.seq_len, device=rows.device)
+    position = problem.seq_len - problem.query_len + rows
     out = torch.empty(len(rows), *problem.q.shape[1:], device=rows.device)
     for head in range(problem.q.shape[1]):
         k, v = problem.k[:, head // group].float(), problem.v[:, head // group].float()
         scores = problem.q[rows, head].float() @ k.T * problem.scale
-        scores.masked_fill_(key > rows[:, None], -torch.inf)
+        scores.masked_fill_(key > position[:, None], -torch.inf)
         out[:, head] = scores.softmax(-1) @ v
     return out

@@ -29,6 +29,7 @@ OURS = ("ours", "index", "kernel")
 def name_of(length: str, inputs, options: argparse.Namespace) -> str:
     """The figure of a layer: of the default dtype and cache, these are not in it."""
     parts = ["prefill", length, f"layer{inputs.layer}"]
+    parts += [f"chunk{options.chunk}"] if options.chunk else []
     parts += [options.dtype] if options.dtype != "bfloat16" else []
     return "_".join([*parts, *([options.cache] if options.cache != "auto" else [])])
 
@@ -38,7 +39,8 @@ def measure(length: str, inputs, options: argparse.Namespace) -> Iterator[Row]:
     figure = name_of(length, inputs, options)
     tokens, heads, size = inputs.q.shape
     case = {
-        "tokens": tokens, "layer": inputs.layer, "heads": f"{heads}/{inputs.k.shape[1]}x{size}",
+        "tokens": tokens, "chunk": options.chunk or tokens, "layer": inputs.layer,
+        "heads": f"{heads}/{inputs.k.shape[1]}x{size}",
         "dtype": options.dtype, "cache": options.cache, "coverage": options.coverage,
     }  # fmt: skip
     at = figure
@@ -53,7 +55,8 @@ def measure(length: str, inputs, options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(figure: str, case: dict, inputs, options: argparse.Namespace) -> Iterator[Row]:
-    problem = Paged.of(inputs.q, inputs.k, inputs.v, inputs.scale, fp8=options.cache == "fp8")
+    q = inputs.q[-options.chunk :] if options.chunk else inputs.q
+    problem = Paged.of(q, inputs.k, inputs.v, inputs.scale, fp8=options.cache == "fp8")
     found = _prefill_problem.check(problem, options.coverage)
     case |= {"density": round(found.density, 4), "covered": round(found.covered, 4)}
     works = {
@@ -73,7 +76,7 @@ def _measure(figure: str, case: dict, inputs, options: argparse.Namespace) -> It
     times = {work: one.seconds for work, one in taken.items()}
     best = min(theirs, key=times.get)
     tokens, heads, size = inputs.q.shape
-    flops = 4 * size * heads * tokens * (tokens + 1) / 2 * found.density
+    flops = 4 * size * heads * problem.pairs * found.density
     case |= {
         "index_share": round(times["index"] / times["ours"], 4),
         "launch_s": round(taken["ours"].host, 6),
@@ -146,6 +149,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--cache", choices=CACHES, default="auto", help="what the cache holds")
     parser.add_argument("--peers", nargs="+", choices=PEERS, help="only these (default: all)")
+    parser.add_argument("--chunk", type=int, metavar="N", help="only the last N tokens' queries, "
+                        "as a step of serving has them (default: all)")  # fmt: skip
     parser.add_argument("--coverage", type=float, default=0.95)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--most-seconds", type=float, default=20.0, metavar="S",
@@ -153,6 +158,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together: a model's heads are real on real text only")
+    if options.chunk is not None:
+        short = [name for name in options.lengths if LENGTHS[name] <= options.chunk]
+        if options.chunk < 1 or short:
+            parser.error(f"--chunk {options.chunk}: give 1 or more, and fewer than --lengths have")
     if not 0 < options.coverage <= 1:
         parser.error(f"--coverage {options.coverage}: more than 0, at most 1")
     return options

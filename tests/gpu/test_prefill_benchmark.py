@@ -33,6 +33,8 @@ def test_without_a_gpu_it_says_so_in_one_line(capsys):
         (["--model", "x"], "--model and --text go together"),
         (["--coverage", "1.5"], "more than 0, at most 1"),
         (["--peers", "mine"], "invalid choice"),
+        (["--chunk", "8192", "--lengths", "8k", "32k"], "fewer than --lengths have"),
+        (["--chunk", "0"], "give 1 or more"),
     ],
 )
 def test_bad_arguments_are_named(argv, says, capsys):
@@ -97,6 +99,9 @@ def inputs(n: int = 64, layer: int = 0) -> _Inputs:
     return _Inputs(layer, p.q, p.k, p.v, SCALE)
 
 
+real_peers = _prefill_peers.peers
+
+
 def exact(p: Paged):
     """A peer that gives what float32 attention gives."""
     return lambda: _prefill_problem.float32_rows(p, torch.arange(len(p.q), device=p.q.device))
@@ -146,6 +151,28 @@ def test_rows_are_of_the_peers_that_are_right(cache, clock, monkeypatch, capsys)
     assert clock[1] == (("ours", "index", "right"), prefill.AHEAD)
     said = capsys.readouterr().out
     assert "gone is not here: ImportError: no gone" in said and "wrong is left out: off by" in said
+
+
+def test_a_chunk_is_the_last_rows_over_all_keys(clock, monkeypatch):
+    def peers(p, wanted):
+        assert (p.query_len, p.seq_len) == (30, 200)
+        yield "right", exact(p)
+
+    monkeypatch.setattr(_prefill_peers, "peers", peers)
+    whole = problem(200)
+    one = _Inputs(2, whole.q, whole.k, whole.v, SCALE)
+    rows = list(prefill.measure("1k", one, prefill.parse(["--chunk", "30"])))
+    assert rows[0].figure == "prefill_1k_layer2_chunk30" and rows[0].ratio == 8.0
+    assert (rows[0].case["tokens"], rows[0].case["chunk"]) == (200, 30)
+    chunk = Paged.of(whole.q[-30:], whole.k, whole.v, SCALE)
+    assert chunk.pairs == sum(range(171, 201)) and whole.pairs == 200 * 201 / 2
+    assert rows[1].ours == pytest.approx(4 * 128 * 2 * chunk.pairs * 1e-12 / 0.5
+                                         * check(chunk, 0.95).density)  # fmt: skip
+    torch.testing.assert_close(exact(chunk)(), exact(whole)()[-30:])
+    dense, _ = chunk.attend(None)
+    torch.testing.assert_close(dense.float(), exact(chunk)(), rtol=1e-2, atol=1e-2)
+    found = dict(real_peers(chunk, ["cudnn", "flash", "xformers", "flex"]))
+    assert set(found.values()) == {"its mask is of whole prompts"}
 
 
 def test_what_fails_half_way_keeps_the_rows_before(clock, monkeypatch):
