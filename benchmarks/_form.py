@@ -244,8 +244,12 @@ class Results:
         return {"machine": self.machine, "versions": self.versions, "rows": rows}
 
     def show(self) -> None:
-        """Prints the rows as a table."""
+        """Prints the rows as a table, and how many have no time, last."""
         _print(self.machine, self.versions, self.rows)
+        failed = [row for row in self.rows if row.ours is None]
+        print(f"{len(self.rows)} rows, {len(failed)} of them failed", flush=True)
+        for row in failed[:3]:
+            print(f"{row.figure}: {row.case.get('failed')}", flush=True)
 
     def _write(self) -> None:
         if self.path is None:

@@ -94,7 +94,9 @@ def test_a_failure_and_a_deadline_cost_no_other_step(gpu, tmp_path, capsys):
     )
     assert len(list(tmp_path.iterdir())) <= 8
     said = capsys.readouterr().out
-    assert re.search(r"│ hangs\s+│ stopped", said) and re.search(r"│ d\s+│ 1\s+│ 2", said)
+    assert re.search(r"│ hangs\s+│ stopped", said) and re.search(
+        r"^\s*d\s+1\s+2\s+s\s+2\s", said, re.M
+    )
     assert "NVIDIA Test, driver 1.2" in said
 
 
@@ -265,6 +267,47 @@ def test_a_child_answers_until_a_deadline_and_is_gone_afterwards(tmp_path, monke
     with Child("echo_child", "x", cwd=tmp_path) as child:
         assert child.hear(soon) == {"hello": "x"}
     assert child.process.poll() is not None
+
+
+def test_the_table_leaves_out_what_would_bury_the_rest():
+    shown = ("decode_online_vs_sdpa_x", "decode_lazy_vs_online_x", "decode_lazy_vs_best_gpu_all",
+             "prefill_8k_layer0", "decode_stream_x")  # fmt: skip
+    assert not any(re.match(gpu_suite.UNSHOWN, figure) for figure in shown)
+    hidden = ("decode_lazy_vs_sdpa_x", "decode_unified_vs_vllm_triton_attention_x")
+    assert all(re.match(gpu_suite.UNSHOWN, figure) for figure in hidden)
+
+
+def test_a_break_even_is_of_the_kernel_that_serving_takes(monkeypatch):
+    from benchmarks import gpu_break_even
+    from vllm_sparse import cuda_dense
+    from vllm_sparse.planner import break_even, device_break_even
+
+    asked = []
+
+    def measure(*where):
+        asked.append(where)
+        yield 4096, 1.5
+        yield 8192, 0.75
+
+    def settled(*where, cache):
+        assert where == asked[-1][:-1] and not cache.exists()
+        return found
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(cuda_dense, "flash_for", lambda *shape: None)
+    monkeypatch.setattr(device_break_even, "measure", measure)
+    monkeypatch.setattr(device_break_even, "break_even", settled)
+    options = gpu_break_even.parse(["--chunk", "2048"])
+    found = 6144
+    rows = {row.figure: row for row in gpu_break_even.rows_of("32/8", options)}
+    assert rows["break_even_32_8_4k"].ours == pytest.approx(1.0)
+    assert rows["break_even_32_8_8k"].ours == pytest.approx(2.0)
+    assert (rows["break_even_32_8"].ours, rows["break_even_32_8"].unit) == (6144.0, "tokens")
+    assert rows["break_even_32_8"].case["dense"] == "triton_dense"
+    assert asked[0][:6] == (torch.bfloat16, 128, 32, 8, 2048, 16)
+    found = break_even.NEVER
+    *_, last = gpu_break_even.rows_of("8/2", options)
+    assert last.ours is None and last.case["failed"] == "sparse is never worth it"
 
 
 @pytest.mark.parametrize("has", [{"pytest", "xdist", "pytest_timeout"}, {"pytest"}])
