@@ -20,6 +20,7 @@ _EXPORTS = {
     "merge": "reference",
     "paged_decode": "dispatch",
     "row_scores": "row_scoring",
+    "shared_prefixes": "dispatch",
     "sort_columns": "pattern_search",
     "sparse_prefill": "dispatch",
     "tile_means": "plan_steps",

@@ -13,7 +13,8 @@ import torch
 
 from . import left_out, reference, softmax_modes
 from .block_indices import BlockIndices
-from .paged_cache import FP8
+from .paged_cache import refuse_fp8
+from .shared_prefix import CPU_MEMBERS, SharedPrefixes
 
 logger = logging.getLogger("vllm_sparse.kernels")
 
@@ -62,6 +63,8 @@ class _Decode(ctypes.Structure):
     _fields_ = [
         *_QUERY_FIELDS,
         ("seq_lens", _ptr), ("softmax", _i64), ("phi", _ptr), ("flagged", _ptr),
+        ("num_tiles", _i64), ("most_members", _i64),
+        ("shared_keys", _ptr), ("tile_keys", _ptr), ("members", _ptr),
     ]  # fmt: skip
 
 
@@ -249,8 +252,12 @@ def paged_decode(
     softmax: softmax_modes.Softmax = "online",
     phi: torch.Tensor | None = None,
     flagged: torch.Tensor | None = None,
+    shared: SharedPrefixes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `reference.paged_decode`: same meaning, for one query a sequence, no window, no sinks."""
+    """See `reference.paged_decode`: same meaning, for one query a sequence, no window, no sinks.
+
+    shared: from `shared_prefixes`: first keys that are read from memory once for several sequences.
+    """
     library = native()
     if library is None:
         return reference.paged_decode(
@@ -271,6 +278,12 @@ def paged_decode(
                 f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
             )
         args.flagged = flagged.data_ptr()
+    if shared is not None:
+        shared.check(seq_lens, CPU_MEMBERS)
+        tensors = [int32("shared", x) for x in (shared.keys, shared.tile_keys, shared.members)]
+        args.num_tiles, args.most_members = shared.members.shape
+        args.shared_keys, args.tile_keys, args.members = (x.data_ptr() for x in tensors)
+        _keep += tensors
     check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
     return out, lse
 
@@ -337,15 +350,6 @@ def check_keys(q: torch.Tensor, k_cache: torch.Tensor) -> None:
         )
     check_cache(k_cache)
     _check_rows(q=q)
-
-
-def refuse_fp8(k_cache: torch.Tensor, v_cache: torch.Tensor, *scales: torch.Tensor | None) -> None:
-    """Raises ValueError for an FP8 cache, and for the scales that such a cache comes with."""
-    if FP8 in (k_cache.dtype, v_cache.dtype) or any(scale is not None for scale in scales):
-        raise ValueError(
-            "FP8 caches and their scales (k_scale, v_scale) are for GPUs; on a CPU keep the "
-            "cache in the query's dtype (--kv-cache-dtype auto), or use kernels.reference"
-        )
 
 
 def check_queries(q: torch.Tensor) -> None:

@@ -6,8 +6,9 @@ from importlib import import_module
 
 import torch
 
-from . import cpu, softmax_modes
+from . import cpu, shared_prefix, softmax_modes
 from .block_indices import BlockIndices
+from .shared_prefix import SharedPrefixes
 
 
 def _gpu(name: str):
@@ -71,14 +72,18 @@ def paged_decode(
     softmax: softmax_modes.Softmax = "online",
     phi: torch.Tensor | None = None,
     flagged: torch.Tensor | None = None,
+    shared: SharedPrefixes | None = None,
     **gpu_only,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.paged_decode`, and for what only GPUs take `gpu.paged_decode`.
 
+    Args:
+        shared: from `shared_prefixes`: first keys that are read once for several sequences.
+
     Raises:
         ValueError: arguments that do not fit together, or that the CPU's kernel does not take.
     """
-    modes = {"softmax": softmax, "phi": phi, "flagged": flagged}
+    modes = {"softmax": softmax, "phi": phi, "flagged": flagged, "shared": shared}
     given = {name: value for name, value in gpu_only.items() if value is not None}
     if not q.is_cpu:
         return _gpu("paged_decode").paged_decode(
@@ -93,3 +98,16 @@ def paged_decode(
     return cpu.paged_decode(
         q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out, **modes
     )
+
+
+def shared_prefixes(
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor | None,
+    seq_lens: torch.Tensor,
+    *,
+    page: int,
+    **options,
+) -> SharedPrefixes:
+    """See `shared_prefix.shared_prefixes`; for what only GPUs take, `gpu.shared_prefix`'s."""
+    find = shared_prefix if seq_lens.is_cpu else _gpu("shared_prefix")
+    return find.shared_prefixes(block_table, query_start_loc, seq_lens, page=page, **options)

@@ -72,3 +72,12 @@ def check_scales(device: torch.device, **scales: torch.Tensor | None) -> None:
                 f"{name}: got {scale.numel()} entries of {scale.dtype} on {scale.device}; give one "
                 f"float32 on {device} (scales of each head are not read)"
             )
+
+
+def refuse_fp8(k_cache: torch.Tensor, v_cache: torch.Tensor, *scales: torch.Tensor | None) -> None:
+    """Raises ValueError for an FP8 cache, and for the scales that such a cache comes with."""
+    if FP8 in (k_cache.dtype, v_cache.dtype) or any(scale is not None for scale in scales):
+        raise ValueError(
+            "FP8 caches and their scales (k_scale, v_scale) are for GPUs; on a CPU keep the "
+            "cache in the query's dtype (--kv-cache-dtype auto), or use kernels.reference"
+        )

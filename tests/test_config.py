@@ -21,6 +21,7 @@ def test_defaults(nothing):
         "decode": "dense",
         "softmax": "online",
         "dense_layers": (),
+        "shared_prefix": None,
         "mean_correction": False,
         "window": 1024,
         "sink": 16,
@@ -70,6 +71,8 @@ def test_it_cannot_be_changed():
         ("ray", False, False),
         ("ray", "false", False),
         ("mean_correction", "true", True),
+        ("shared_prefix", "false", False),
+        ("shared_prefix", None, None),
     ],
 )
 def test_text_from_the_command_line(key, value, expected):
@@ -97,6 +100,7 @@ def test_text_from_the_command_line(key, value, expected):
         ("ray", "here", "true or false"),
         ("ray", None, "true or false"),
         ("mean_correction", "blocks", "true or false"),
+        ("shared_prefix", 1024, "true or false"),
         ("mean_correction", None, "true or false"),
         ("sampler_options", 0.1, "an object with options of the sampler"),
         ("sampler_options", {"epsilon": True}, "an object with options of the sampler"),
@@ -189,3 +193,9 @@ def test_dense_layers_must_exist():
         config.check_layers(4)
     with pytest.raises(ValueError, match=r'"resident_layers"\] names \[9\]'):
         parse(resident_layers=[0, 9], decode="exact").check_layers(4)
+
+
+def test_a_shared_prefix_is_of_pages_on_the_device():
+    assert parse(shared_prefix=False, decode="exact").shared_prefix is False
+    with pytest.raises(ValueError, match=r'"shared_prefix"\] is for decode "dense".* \'lsh\''):
+        parse(shared_prefix=True, decode="lsh")

@@ -17,6 +17,8 @@ ALLOWED = {
     "decode": '"dense", "exact", "lsh", "vattention" or "topk"',
     "softmax": '"online", "lazy" or "unified"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
+    "shared_prefix": "true or false: whether decode reads pages that several sequences begin with "
+    "once for them, or null: on a CPU",
     "mean_correction": "true or false: whether blocks that are left out count by their means",
     "window": "a whole number of tokens from 16: what decode reads on the device, without `dense`",
     "sink": "a whole number of tokens from 0: the first of a sequence, kept on the device as well",
@@ -42,6 +44,7 @@ class SparseConfig(BaseModel):
     decode: Literal["dense", "exact", "lsh", "vattention", "topk"] = "dense"
     softmax: Literal["online", "lazy", "unified"] = "online"
     dense_layers: tuple[int, ...] = ()
+    shared_prefix: bool | None = None
     mean_correction: bool = False
     # What follows is for decode other than "dense".
     window: int = Field(1024, ge=16)
@@ -96,6 +99,11 @@ class SparseConfig(BaseModel):
                     f'{SECTION}["{key}"] is for decode that samples, and ["decode"] is '
                     f"{self.decode!r}: set it to one of {', '.join(SAMPLED)}, or leave {key} out"
                 )
+        if self.shared_prefix and self.offloads:
+            found.append(
+                f'{SECTION}["shared_prefix"] is for decode "dense", and ["decode"] is '
+                f"{self.decode!r}: leave one of them out"
+            )
         if self.ray and not self.actors:
             found.append(
                 f'{SECTION}["ray"] makes the actors Ray actors, and ["actors"] is 0: set it to 1 '

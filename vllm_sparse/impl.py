@@ -156,6 +156,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             softmax=self.config.softmax,
             phi=self.phi,
             flagged=flagged,
+            shared=metadata.shared,
         )
         if self.phi is not None:
             count_flagged(flagged)

@@ -14,7 +14,9 @@ from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionM
 
 from . import log
 from .backend import SparseAttentionBackend
+from .config import SparseConfig
 from .kernels.block_indices import TILE
+from .kernels.shared_prefix import SharedPrefixes, shared_prefixes
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -58,6 +60,7 @@ class SparseMetadata:
     starts: list[int]  # first row of each sequence, and the end
     seq_lens: list[int]  # of each sequence, new tokens included
     block_table: torch.Tensor  # int32 [S, P]
+    shared: SharedPrefixes | None = None  # of the decoding sequences; None: none share
     batch: Any = None  # offload.Batch, made by the first layer that needs it
 
 
@@ -76,6 +79,9 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         for name in layer_names:
             _refuse_special(name, layers[name])
         self.break_even = layers[layer_names[0]].impl.break_even
+        config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        # Pages that went to host memory all have one number.
+        self.shares = config.shared_prefix is not False and not config.offloads
         # Of several KV cache groups one counts the step.
         ours = [n for n, layer in layers.items() if _backend(layer) is SparseAttentionBackend]
         self.counts = ours[0] in layer_names
@@ -134,14 +140,26 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             starts=starts[: num_seqs + 1],
             seq_lens=seq_lens,
             block_table=common.block_table_tensor,
+            shared=self._shared(common.block_table_tensor[:num_decodes], common.seq_lens),
         )
         if self.counts:
             self._count(metadata, sum(sparse), num_seqs)
         return metadata
 
+    def _shared(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> SharedPrefixes | None:
+        """What the sequences of a block table, one row each, begin with together."""
+        num = len(block_table)
+        if not self.shares or num < 2:
+            return None
+        page = self.kv_cache_spec.block_size
+        found = shared_prefixes(block_table, None, seq_lens[:num], page=page)
+        return found if found.tile_keys.any() else None
+
     def _count(self, metadata: SparseMetadata, num_sparse: int, num_seqs: int) -> None:
         self.reporter.step(decode_only=not metadata.segments)
         STATS.decode_rows += metadata.num_decodes
+        if metadata.shared is not None:
+            STATS.shared_rows += int((metadata.shared.keys > 0).sum())
         STATS.prefill_tokens += sum(s.end - s.begin for s in metadata.segments)
         STATS.sparse_chunks += num_sparse
         STATS.dense_chunks += num_seqs - metadata.num_decodes - num_sparse

@@ -20,6 +20,7 @@ class Stats:
     sparse_chunks: int = 0
     dense_chunks: int = 0  # below the break-even length
     decode_rows: int = 0
+    shared_rows: int = 0  # of them: whose first keys were read together with other rows'
     softmax_flagged: int = 0  # rows x heads x layers whose unified softmax was computed again
     keys_read: int = 0  # by prefill, in keys x query tiles x heads
     keys_causal: int = 0  # the same if every chunk were dense
@@ -54,6 +55,7 @@ class Stats:
             "sparse_chunks": self.sparse_chunks,
             "dense_chunks": self.dense_chunks,
             "decode_rows": self.decode_rows,
+            "shared_rows": self.shared_rows,
             "softmax_flagged": self.softmax_flagged,
             "density": round(self.density, 4),
             "index_share": round(self.index_share, 4),

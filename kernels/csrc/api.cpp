@@ -7,6 +7,7 @@
 
 #include "attention.h"
 #include "cpu_features.h"
+#include "decode_work.h"
 #include "heaviest.h"
 #include "index_lists.h"
 #include "last_rows.h"
@@ -98,7 +99,6 @@ class MeanTables {
   std::vector<std::unique_ptr<float[]>> owned_;
 };
 
-constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
 
 }  // namespace
 }  // namespace vllm_sparse
@@ -179,7 +179,6 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
     const Decode& a = *args;
     const Kernels* k = kernels();
     const Shape& shape = a.shape;
-    const int64_t group = shape.num_heads / shape.num_kv_heads;
     const int64_t threads = num_threads();
     int64_t keys = 0;
     for (int64_t s = 0; s < shape.num_seqs; ++s) keys += a.seq_lens[s];
@@ -188,33 +187,16 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
     if (threads == 1) split = INT64_MAX / 2;
     if (split < kMinSplit) split = kMinSplit;
 
-    std::vector<SplitWork> work;
-    std::vector<int64_t> first_part;  // of each (sequence, KV head)
+    DecodeWork work(a, split);
+    const auto run = [&](int64_t i, float* scratch) {
+      k->decode_split(a, work.first(i), work.count(i), scratch);
+    };
+    if (!parallel_for(work.pieces(), k->decode_scratch(shape, work.together()), run)) return 1;
     for (int64_t s = 0; s < shape.num_seqs; ++s) {
       for (int64_t h = 0; h < shape.num_kv_heads; ++h) {
-        first_part.push_back(work.size());
-        for (int64_t n = 0; n < a.seq_lens[s]; n += split) {
-          const int64_t last = n + split < a.seq_lens[s] ? n + split : a.seq_lens[s];
-          work.push_back({s, h, n, last, nullptr, nullptr, nullptr});
-        }
+        const auto part = work.parts(s, h);
+        k->decode_merge(a, s, h, part.out, part.lse, part.highest, part.count);
       }
-    }
-    first_part.push_back(work.size());
-    std::vector<float> out(work.size() * group * shape.head_size);
-    std::vector<float> lse(work.size() * group);
-    std::vector<float> highest(work.size() * group);
-    for (size_t i = 0; i < work.size(); ++i) {
-      work[i].out = out.data() + i * group * shape.head_size;
-      work[i].lse = lse.data() + i * group;
-      work[i].highest = highest.data() + i * group;
-    }
-    const auto run = [&](int64_t i, float* scratch) { k->decode_split(a, work[i], scratch); };
-    if (!parallel_for(work.size(), k->decode_scratch(shape), run)) return 1;
-    for (int64_t i = 0; i + 1 < static_cast<int64_t>(first_part.size()); ++i) {
-      const int64_t part = first_part[i];
-      k->decode_merge(a, i / shape.num_kv_heads, i % shape.num_kv_heads,
-                      out.data() + part * group * shape.head_size, lse.data() + part * group,
-                      highest.data() + part * group, first_part[i + 1] - part);
     }
     return 0;
   } catch (const std::bad_alloc&) {

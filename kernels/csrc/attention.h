@@ -65,6 +65,11 @@ struct Decode {
   int64_t softmax;    // of enum Softmax
   const float* phi;   // [H], or null where softmax is not kUnified
   int64_t* flagged;   // rows that were computed again are added to it, or null
+  // Which first keys some sequences read together (kernels/shared_prefix.py); num_tiles 0: none.
+  int64_t num_tiles, most_members;
+  const int32_t* shared_keys;  // [S]
+  const int32_t* tile_keys;    // [Z]
+  const int32_t* members;      // [Z, most_members], -1 after the last
 };
 
 // Exact attention of up to 64 rows of one sequence: how much of it each block of keys gets, and
@@ -129,6 +134,8 @@ struct TileWork {
   int heads;         // 1 .. kMaxHeads
 };
 
+constexpr int kMostTogether = 16;  // sequences that read the same keys at once
+
 // A range of one sequence's keys for the query heads of one KV head: the unit of work of decode.
 // Partial results are fp32: out [G, D], lse [G], highest score [G].
 struct SplitWork {
@@ -143,8 +150,9 @@ struct Kernels {
   const char* name;
   size_t (*prefill_scratch)(const Shape&);
   void (*prefill_tile)(const Prefill&, const TileWork&, float* scratch);
-  size_t (*decode_scratch)(const Shape&);
-  void (*decode_split)(const Decode&, const SplitWork&, float* scratch);
+  size_t (*decode_scratch)(const Shape&, int64_t together);
+  // `count` ranges, up to kMostTogether, that are the same keys of different sequences.
+  void (*decode_split)(const Decode&, const SplitWork*, int64_t count, float* scratch);
   // Joins `parts` partial results [parts, G, D] / [parts, G] into the output rows of a KV head;
   // the sum is made in place.
   void (*decode_merge)(const Decode&, int64_t seq, int64_t kv_head, float* out,

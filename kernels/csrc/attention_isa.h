@@ -17,7 +17,9 @@ size_t prefill_scratch(const Shape& shape) {
   return SharedBlock::floats(shape.head_size) + kMaxHeads * TileHead::floats(shape.head_size);
 }
 
-size_t decode_scratch(const Shape& shape) { return SplitScratch::floats(shape); }
+size_t decode_scratch(const Shape& shape, int64_t together) {
+  return together * SplitScratch::floats(shape);
+}
 
 void prefill_tile_any(const Prefill& a, const TileWork& w, float* scratch) {
   switch (a.shape.dtype) {
@@ -27,11 +29,11 @@ void prefill_tile_any(const Prefill& a, const TileWork& w, float* scratch) {
   }
 }
 
-void decode_split_any(const Decode& a, const SplitWork& w, float* scratch) {
+void decode_split_any(const Decode& a, const SplitWork* w, int64_t count, float* scratch) {
   switch (a.shape.dtype) {
-    case kFloat32: return decode_split<float>(a, w, scratch);
-    case kBFloat16: return decode_split<BFloat16>(a, w, scratch);
-    case kFloat16: return decode_split<Float16>(a, w, scratch);
+    case kFloat32: return decode_split<float>(a, w, count, scratch);
+    case kBFloat16: return decode_split<BFloat16>(a, w, count, scratch);
+    case kFloat16: return decode_split<Float16>(a, w, count, scratch);
   }
 }
 

@@ -1,9 +1,11 @@
-// Decode: the query heads of one KV head over a range of one sequence's keys, and the merge of
-// such ranges. Lanes lie along the head size; each key and value is read once for all the heads.
+// Decode: the query heads of one KV head over a range of one sequence's keys, or of keys that some
+// sequences share, and the merge of such ranges. Lanes lie along the head size; each key and value
+// is read from memory once for all the heads, and once for all that share it.
 #pragma once
 
 #include <cmath>
 #include <type_traits>
+#include <vector>
 
 #include "decode_softmax.h"
 #include "rows.h"
@@ -101,7 +103,7 @@ inline void for_heads(int group, const Step& step) {
   for (; g < group; ++g) step(g, std::integral_constant<int, 1>());
 }
 
-// What a split works with: the scratch of one thread.
+// What a split works with for one sequence, in the scratch of one thread.
 struct SplitScratch {
   float* q;            // [G, D], scaled
   float* scores;       // [G, 64]
@@ -121,101 +123,149 @@ struct SplitScratch {
         sum(base + group),
         top(sum + group),
         lanes(reinterpret_cast<UnifiedSums*>(top + group)) {}
+
+  void begin(const float* phi, int group, int64_t head_size, float* out) const {
+    for (int g = 0; g < group; ++g) {
+      base[g] = phi != nullptr ? phi[g] : -kInf;
+      sum[g] = 0.0f;
+      if (phi != nullptr) lanes[g].clear();
+    }
+    std::memset(out, 0, group * head_size * sizeof(float));
+  }
+  // Whether no score so far is too high for phi.
+  bool below(const float* phi, int group) const {
+    for (int g = 0; g < group; ++g) {
+      if (lanes[g].top() - phi[g] > kUnifiedHigh) return false;
+    }
+    return true;
+  }
+  // Whether phi, if it is given, served every head.
+  bool end(const float* phi, int group) const {
+    bool serves = true;
+    for (int g = 0; g < group; ++g) {
+      top[g] = base[g];
+      if (phi == nullptr) continue;
+      top[g] = lanes[g].top();
+      sum[g] = lanes[g].total();
+      serves = serves && stays_in_window(top[g], phi[g], sum[g]);
+    }
+    return serves;
+  }
 };
 
 // Blocks between two looks for a score that is too high for phi: an attempt that must fail is
 // given up after 1,024 keys.
 constexpr int kLookBlocks = 16;
 
-// Sums over keys [first_key, last_key), against phi if it is given: s.base, s.sum, s.top, and w.out,
-// not normalised. False where phi does not serve every head.
+// Adds up to 64 keys to the sums of one sequence. ahead as in decode_score.
+template <class T, class Ahead>
+inline void decode_block(const SplitScratch& s, const T* const* keys, const T* const* values,
+                         int count, int group, int64_t head_size, const float* phi, float growth,
+                         float* out, const Ahead& ahead) {
+  for_heads(group, [&](int g, auto heads) {
+    decode_score<heads>(s.q + g * head_size, keys, count, head_size, s.scores + g * kBlock, ahead);
+  });
+  for (int g = 0; g < group; ++g) {
+    float* scores = s.scores + g * kBlock;
+    for (int n = count; n < kBlock; ++n) scores[n] = -kInf;
+    if (phi != nullptr) {
+      unified_softmax_step(scores, phi[g], s.lanes + g);
+    } else {
+      decode_softmax_step(scores, s.base + g, s.sum + g, out + g * head_size, head_size, growth);
+    }
+  }
+  for_heads(group, [&](int g, auto heads) {
+    decode_accumulate<heads>(s.scores + g * kBlock, values, count, head_size, out + g * head_size);
+  });
+}
+
+// Sums of `count` sequences over the same keys, those of w[0], against phi if it is given: base, sum
+// and top of s, and out of w, not normalised. serves[i] is false where phi does not serve every head
+// of a sequence; of one for which it was false before, nothing is done.
 template <class T>
-bool decode_sums(const Decode& a, const SplitWork& w, const SplitScratch& s, const float* phi,
-                 float growth) {
+void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int64_t count,
+                 const float* phi, float growth, bool* serves) {
   const int64_t head_size = a.shape.head_size;
   const int group = static_cast<int>(a.shape.num_heads / a.shape.num_kv_heads);
-  const Rows<T> rows(a.kv, w.seq, w.kv_head);
-  for (int g = 0; g < group; ++g) {
-    s.base[g] = phi != nullptr ? phi[g] : -kInf;
-    s.sum[g] = 0.0f;
-    if (phi != nullptr) s.lanes[g].clear();
-  }
-  std::memset(w.out, 0, group * head_size * sizeof(float));
+  const Rows<T> rows(a.kv, w->seq, w->kv_head);
+  for (int64_t i = 0; i < count; ++i) s[i].begin(phi, group, head_size, w[i].out);
 
   constexpr int kRows = kBlock + kAhead;  // the last ones repeated if need be
   int64_t positions[kRows];
   const T* keys[kRows];
   const T* values[kRows];
+  int64_t left = count;  // whom phi still serves
   int look = kLookBlocks;
-  for (int64_t first = w.first_key; first < w.last_key; first += kBlock) {
-    const int count = static_cast<int>(w.last_key - first < kBlock ? w.last_key - first : kBlock);
-    const int found = static_cast<int>(w.last_key - first < kRows ? w.last_key - first : kRows);
+  for (int64_t first = w->first_key; first < w->last_key && left > 0; first += kBlock) {
+    const int64_t rest = w->last_key - first;
+    const int here = static_cast<int>(rest < kBlock ? rest : kBlock);
+    const int found = static_cast<int>(rest < kRows ? rest : kRows);
     for (int n = 0; n < found; ++n) positions[n] = first + n;
     rows.find(positions, found, keys, values);
     for (int n = found; n < kRows; ++n) keys[n] = keys[found - 1];
     const auto ahead = [&](int n) {
       for (int i = n; i < n + 4; ++i) prefetch_row(keys[i + kAhead], head_size);
-      for (int i = n; i < n + 4 && i < count; ++i) prefetch_row(values[i], head_size);
+      for (int i = n; i < n + 4 && i < here; ++i) prefetch_row(values[i], head_size);
     };
-    for_heads(group, [&](int g, auto heads) {
-      decode_score<heads>(s.q + g * head_size, keys, count, head_size, s.scores + g * kBlock,
-                          ahead);
-    });
-    for (int g = 0; g < group; ++g) {
-      float* scores = s.scores + g * kBlock;
-      for (int n = count; n < kBlock; ++n) scores[n] = -kInf;
-      if (phi != nullptr) {
-        unified_softmax_step(scores, phi[g], s.lanes + g);
-      } else {
-        decode_softmax_step(scores, s.base + g, s.sum + g, w.out + g * head_size, head_size,
-                            growth);
+    bool fetched = false;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!serves[i]) continue;
+      if (!fetched) {
+        decode_block(s[i], keys, values, here, group, head_size, phi, growth, w[i].out, ahead);
+      } else {  // the one before has them in the caches
+        decode_block(s[i], keys, values, here, group, head_size, phi, growth, w[i].out,
+                     [](int) {});
       }
+      fetched = true;
     }
     if (phi != nullptr && --look == 0) {
       look = kLookBlocks;
-      for (int g = 0; g < group; ++g) {
-        if (s.lanes[g].top() - phi[g] > kUnifiedHigh) return false;
+      for (int64_t i = 0; i < count; ++i) {
+        if (!serves[i] || s[i].below(phi, group)) continue;
+        serves[i] = false;
+        --left;
       }
     }
-    for_heads(group, [&](int g, auto heads) {
-      decode_accumulate<heads>(s.scores + g * kBlock, values, count, head_size,
-                               w.out + g * head_size);
-    });
   }
-  bool serves = true;
-  for (int g = 0; g < group; ++g) {
-    s.top[g] = s.base[g];
-    if (phi == nullptr) continue;
-    s.top[g] = s.lanes[g].top();
-    s.sum[g] = s.lanes[g].total();
-    serves = serves && stays_in_window(s.top[g], phi[g], s.sum[g]);
-  }
-  return serves;
+  for (int64_t i = 0; i < count; ++i) serves[i] = serves[i] && s[i].end(phi, group);
 }
 
-// Partial attention of the G query heads of a KV head over keys [first_key, last_key).
+// Partial attention of the G query heads of a KV head over keys [first_key, last_key), of one
+// sequence or of up to kMostTogether that have these keys in the same pages.
 template <class T>
-void decode_split(const Decode& a, const SplitWork& w, float* scratch) {
+void decode_split(const Decode& a, const SplitWork* w, int64_t count, float* scratch) {
   const Shape& shape = a.shape;
   const int64_t head_size = shape.head_size;
   const int group = static_cast<int>(shape.num_heads / shape.num_kv_heads);
-  const SplitScratch s(scratch, group, head_size);
-  for (int g = 0; g < group; ++g) {
-    const T* from = static_cast<const T*>(a.q) + w.seq * a.q_row_stride +
-                    (w.kv_head * group + g) * a.q_head_stride;
-    for (int64_t d = 0; d < head_size; ++d) {
-      s.q[g * head_size + d] = to_float(from[d]) * shape.scale;
+  std::vector<SplitScratch> s;
+  for (int64_t i = 0; i < count; ++i) {
+    s.emplace_back(scratch + i * SplitScratch::floats(shape), group, head_size);
+    for (int g = 0; g < group; ++g) {
+      const T* from = static_cast<const T*>(a.q) + w[i].seq * a.q_row_stride +
+                      (w[i].kv_head * group + g) * a.q_head_stride;
+      for (int64_t d = 0; d < head_size; ++d) {
+        s[i].q[g * head_size + d] = to_float(from[d]) * shape.scale;
+      }
     }
   }
-  const float* phi = a.softmax == kUnified ? a.phi + w.kv_head * group : nullptr;
+  const float* phi = a.softmax == kUnified ? a.phi + w->kv_head * group : nullptr;
   const float growth = a.softmax == kLazy ? kLazyGrowth : 0.0f;
-  // The heads of a group read the same rows: all of them again costs what one costs.
-  if (!decode_sums<T>(a, w, s, phi, growth)) decode_sums<T>(a, w, s, nullptr, 0.0f);
-  for (int g = 0; g < group; ++g) {
-    const float inverse = s.sum[g] > 0.0f ? 1.0f / s.sum[g] : 0.0f;
-    for (int64_t d = 0; d < head_size; ++d) w.out[g * head_size + d] *= inverse;
-    w.lse[g] = s.sum[g] > 0.0f ? s.base[g] + std::log(s.sum[g]) : -kInf;
-    w.highest[g] = s.top[g];
+  bool serves[kMostTogether];
+  for (int64_t i = 0; i < count; ++i) serves[i] = true;
+  decode_sums<T>(a, w, s.data(), count, phi, growth, serves);
+  for (int64_t i = 0; i < count; ++i) {
+    // The heads of a group read the same rows: all of them again costs what one costs.
+    if (!serves[i]) {
+      serves[i] = true;
+      decode_sums<T>(a, w + i, s.data() + i, 1, nullptr, 0.0f, serves + i);
+    }
+    for (int g = 0; g < group; ++g) {
+      const float sum = s[i].sum[g];
+      const float inverse = sum > 0.0f ? 1.0f / sum : 0.0f;
+      for (int64_t d = 0; d < head_size; ++d) w[i].out[g * head_size + d] *= inverse;
+      w[i].lse[g] = sum > 0.0f ? s[i].base[g] + std::log(sum) : -kInf;
+      w[i].highest[g] = s[i].top[g];
+    }
   }
 }
 

@@ -19,8 +19,9 @@ GROWTH = tl.constexpr(softmax_modes.LAZY_GROWTH * _LOG2E)
 
 @triton.jit
 def _tiles_of_chunk(
-    seq_lens, num_seqs, window, programs_each, slots, SEQS: tl.constexpr, KEYS: tl.constexpr
-):
+    seq_lens, prefix_keys, num_seqs, window, programs_each, slots,
+    SEQS: tl.constexpr, KEYS: tl.constexpr, PREFIX: tl.constexpr,
+):  # fmt: skip
     """Tiles of KEYS keys that each split takes, such that the whole batch is done soonest.
 
     A wave of `slots` programs costs its tiles and about ten more to start and end; joining costs
@@ -28,6 +29,8 @@ def _tiles_of_chunk(
     """
     s = tl.arange(0, SEQS)
     lens = tl.load(seq_lens + s, mask=s < num_seqs, other=0)
+    if PREFIX:  # read apart
+        lens -= tl.load(prefix_keys + s, mask=s < num_seqs, other=0)
     tiles = tl.cdiv(tl.minimum(lens, window), KEYS)
     most = tl.max(tiles, 0).to(tl.float32)
     i = tl.arange(0, 16)

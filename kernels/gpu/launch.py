@@ -33,6 +33,7 @@ MODULES = (
     "search_columns",
     "search_threshold",
     "search_window",
+    "shared_prefix",
     "sort_columns",
     "split_decode",
     "write_kv",
@@ -188,7 +189,7 @@ def scales(
 
 @cache
 def _one(device: torch.device) -> torch.Tensor:
-    return torch.ones(1, device=device)
+    return torch.ones(1, dtype=torch.float32, device=device)
 
 
 def check_fp8(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Decode attention on a GPU: `split_decode` and what it needs around it; shared prefixes."""
+"""Decode attention on a GPU: `split_decode` and what it needs around it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 
 from .. import softmax_modes
+from ..shared_prefix import SharedPrefixes
 from . import launch, split_decode
+from .shared_prefix import shared_prefixes
 from .sparse_prefill import check
 
 EVERY_KEY = 1 << 30  # a window that no sequence reaches
@@ -17,7 +18,6 @@ EVERY_KEY = 1 << 30  # a window that no sequence reaches
 # 166 x 128 threads and 71 KiB (237 and 39 KiB over an FP8 cache), or 174 x 256 threads (sm_90, head
 # size 128). Three of the first fit, but not beside what other streams run.
 PROGRAMS_EACH_SM = {4: 2, 8: 1}
-FEWEST_SHARED = 512  # tokens of a prefix that are worth a launch of their own
 _ON = "{name}: is on {got}, q is on {device}; all must be on the same"
 
 
@@ -44,7 +44,7 @@ class Workspace:
 
     def take(self, floats: int, places: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         if self._floats is None or self._floats.numel() < floats or self._floats.device != device:
-            self._floats = torch.empty(floats, device=device)
+            self._floats = torch.empty(floats, dtype=torch.float32, device=device)
         if (
             self._arrivals is None
             or self._arrivals.numel() < places
@@ -58,71 +58,6 @@ class Workspace:
 def shared_workspace(device: torch.device) -> Workspace:
     """The workspace of all layers of a process: they run after another."""
     return Workspace()
-
-
-@triton.jit
-def _shared_prefix(
-    shared,  # i32 [1]
-    block_table,  # i32 [S, pages]
-    query_start_loc,  # i32 [S + 1]
-    seq_lens,  # i32 [S]
-    num_seqs,
-    table_row,
-    fewest,
-    PAGE: tl.constexpr,
-    ROUND: tl.constexpr,
-    SEQS: tl.constexpr,
-    PAGES: tl.constexpr,
-):
-    """How many of their first keys all sequences of a batch have in common, by their pages."""
-    s = tl.arange(0, SEQS)
-    is_seq = s < num_seqs
-    lens = tl.load(seq_lens + s, mask=is_seq, other=0)
-    queries = tl.load(query_start_loc + s + 1, mask=is_seq, other=0) - tl.load(
-        query_start_loc + s, mask=is_seq, other=0
-    )
-    is_seq = is_seq & (queries > 0)  # the others are padding
-    # Queries see all of it: it ends before the first of them.
-    most = tl.min(tl.where(is_seq, (lens - queries) // PAGE, 1 << 30), 0)
-    most = tl.where(tl.sum(is_seq.to(tl.int32), 0) > 1, most, 0)
-    p = tl.arange(0, PAGES)
-    found = 0
-    going = 1
-    while going == 1:
-        page = found + p
-        inside = (page < most)[None, :] & is_seq[:, None]
-        mine = tl.load(block_table + s.to(tl.int64)[:, None] * table_row + page[None, :],
-                       mask=inside, other=0)  # fmt: skip
-        first = tl.load(block_table + page, mask=page < most, other=0)
-        differs = tl.max((inside & (mine != first[None, :])).to(tl.int32), 0)
-        stop = tl.min(tl.where((differs == 1) | (page >= most), p, PAGES), 0)
-        found += stop
-        going = (stop == PAGES).to(tl.int32)
-    keys = found * PAGE // ROUND * ROUND
-    tl.store(shared, tl.where(keys >= fewest, keys, 0))
-
-
-def shared_prefix(
-    block_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    page: int,
-    fewest: int = FEWEST_SHARED,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """int32 [1]: the first keys that every sequence of the batch reads from the same pages.
-
-    0 where they are fewer than `fewest`. Found on the device, once for all layers of a step.
-    """
-    seqs = seq_lens.numel()
-    shared = torch.empty(1, dtype=torch.int32, device=seq_lens.device) if out is None else out
-    _shared_prefix[(1,)](
-        shared, block_table, query_start_loc, seq_lens, seqs, block_table.stride(0), fewest,
-        PAGE=page, ROUND=64, SEQS=triton.next_power_of_2(max(seqs, 2)), PAGES=64,
-        **launch.options(4, 1),
-    )  # fmt: skip
-    return shared
 
 
 @cache
@@ -149,36 +84,50 @@ def warm_up(
     window: int | None,
     sinks: bool,
     most_rows: int = 1,
+    shares: bool = False,
 ) -> None:
     """Compile what decode steps of layers of this shape launch: one form for each power of two of
     sequences, and for each number of rows up to `most_rows` of one (vLLM speculates fewer tokens at
-    times). `longest` is the most keys of a sequence."""
-    cache = torch.zeros(1, kv_heads, page, 2 * head_size, device=device).to(cache_dtype)
+    times). `longest` is the most keys of a sequence; `shares`: shared prefixes are read once."""
+    floats = {"dtype": torch.float32, "device": device}  # whatever torch's default is now
+    cache = torch.zeros(1, kv_heads, page, 2 * head_size, **floats).to(cache_dtype)
     k_cache, v_cache = cache.chunk(2, -1)
-    k_scale = torch.ones(1, device=device) if cache_dtype != dtype else None
-    phi = torch.zeros(heads, device=device) if softmax == "unified" else None
-    sink = torch.zeros(heads, device=device) if sinks else None
+    k_scale = torch.ones(1, **floats) if cache_dtype != dtype else None
+    phi = torch.zeros(heads, **floats) if softmax == "unified" else None
+    sink = torch.zeros(heads, **floats) if sinks else None
     seqs = 1
     while True:
         for rows in range(1, most_rows + 1):
+            table = torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device)
+            lens = torch.zeros(seqs, dtype=torch.int32, device=device)
+            shared = None
+            if shares and seqs > 1:
+                starts = torch.zeros(seqs + 1, dtype=torch.int32, device=device)
+                most = members_of(heads // kv_heads, head_size, rows)
+                shared = shared_prefixes(table, starts, lens, page=page, members=most)
             paged_decode(
                 torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
-                torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device),
-                torch.zeros(seqs, dtype=torch.int32, device=device), scale=1.0, softmax=softmax,
-                phi=phi, sinks=sink, window=window, k_scale=k_scale, v_scale=k_scale,
-                max_query_len=rows, workspace=shared_workspace(device),
+                table, lens, scale=1.0, softmax=softmax, phi=phi, sinks=sink, window=window,
+                k_scale=k_scale, v_scale=k_scale, max_query_len=rows, shared=shared,
+                workspace=shared_workspace(device),
             )  # fmt: skip
         if seqs >= most_seqs:
             return
         seqs *= 2
 
 
-def most_splits(seqs: int, tiles: int, programs_each: int, slots: int) -> int:
-    """Splits that a launch leaves room for: enough for four waves of a batch of this size.
+def members_of(group: int, head_size: int, max_query_len: int = 1) -> int:
+    """Most sequences whose rows one program takes, where they share a prefix; below 2: none are."""
+    rows = group * max_query_len
+    return split_decode.max_rows(head_size) // triton.next_power_of_2(rows)
+
+
+def most_splits(seqs: int, tiles: int, programs_each: int, slots: int, waves: int = 4) -> int:
+    """Splits that a launch leaves room for: enough for so many waves of a batch of this size.
 
     It depends on nothing that changes between the replays of a graph.
     """
-    wanted = triton.cdiv(4 * slots, max(seqs * programs_each, 1))
+    wanted = triton.cdiv(waves * slots, max(seqs * programs_each, 1))
     most = min(wanted, max(tiles, 1), split_decode.MAX_SPLITS)
     return triton.next_power_of_2(max(most, 1))
 
@@ -201,15 +150,15 @@ def paged_decode(
     sinks: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
-    shared: torch.Tensor | None = None,
+    shared: SharedPrefixes | None = None,
     workspace: Workspace | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `reference.paged_decode`; beside it:
 
     Args:
         max_query_len: the most rows that a sequence has in q.
-        shared: int32 [1] from `shared_prefix`: so many first keys are read once for the batch.
-            Rows that leave the window of phi count in either part. Not with a window.
+        shared: from `shared_prefixes`, with the `members_of` this shape: first keys that are read
+            once for several sequences, in a launch of its own. Not with a window.
         workspace: kept by the caller from launch to launch; None: a new one, which costs a memset.
 
     Raises:
@@ -249,27 +198,28 @@ def paged_decode(
         "workspace": workspace,
     }  # fmt: skip
     prefix = None
-    if shared is not None:
-        # All rows of the batch as those of one sequence that sees the whole prefix.
+    if shared is not None and shared.tile_keys.numel():
+        # Only rows of sequences that share are written, and only those are read.
         prefix_out = torch.empty(q.shape, dtype=torch.float32, device=device)
-        prefix_lse = torch.empty_like(lse)
-        bounds = torch.stack([query_start_loc[0], query_start_loc[-1]])
+        prefix_lse, prefix_top = torch.empty(2, *lse.shape, dtype=torch.float32, device=device)
+        prefix = (prefix_out, prefix_lse, prefix_top, shared.keys)
         _launch(
-            q, k_cache, v_cache, prefix_out, prefix_lse, block_table[:1], bounds, shared,
-            tokens=q.shape[0], causal=False, **common,
+            q, k_cache, v_cache, prefix_out, prefix_lse, block_table, query_start_loc,
+            shared.tile_keys, tokens=max_query_len, members=shared.members, prefix=prefix,
+            **common,
         )  # fmt: skip
-        prefix = (prefix_out, prefix_lse, shared)
     _launch(
         q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens,
-        tokens=max_query_len, causal=True, window=window, sinks=sinks, prefix=prefix, **common,
+        tokens=max_query_len, window=window, sinks=sinks, prefix=prefix, **common,
     )  # fmt: skip
     return out, lse
 
 
 def _launch(
-    q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, *, tokens, causal,
-    scale, softmax, phi, flagged, scales, workspace, window=None, sinks=None, prefix=None,
+    q, k_cache, v_cache, out, lse, block_table, query_start_loc, seq_lens, *, tokens, scale,
+    softmax, phi, flagged, scales, workspace, window=None, sinks=None, prefix=None, members=None,
 ) -> None:  # fmt: skip
+    """`seq_lens` are those of the sequences, or of tiles, whose `members` are [Z, M]."""
     heads, head_size = q.shape[1:]
     kv_heads, page = k_cache.shape[1:3]
     seqs, device = seq_lens.numel(), q.device
@@ -277,22 +227,24 @@ def _launch(
     mode = softmax_modes.MODES.index(softmax)
     made = split_decode.constants(
         target, q.dtype, head_size, group=heads // kv_heads, page=page, tokens=tokens, splits=1,
-        seqs=seqs, mode=mode, causal=causal, sinks=sinks is not None,
-        prefix=prefix is not None,
+        seqs=seqs, mode=mode, members=0 if members is None else members.shape[1],
+        sinks=sinks is not None, prefix=prefix is not None and members is None,
     )  # fmt: skip
     each = kv_heads * made["ROW_TILES"]
     warps, stages = split_decode.warps_and_stages(target, made["ROWS"], mode)
     slots = _slots(device, warps)
     tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
-    splits = made["SPLITS"] = most_splits(made["SEQS"], tiles, each, slots)
+    # Of tiles, few of which are there: room for two waves, as every place costs an idle program.
+    waves = 4 if members is None else 2
+    splits = made["SPLITS"] = most_splits(made["SEQS"], tiles, each, slots, waves)
     slices = seqs * each * splits * made["ROWS"]
     floats, arrivals = workspace.take(slices * (made["D_PADDED"] + 2), seqs * each, device)
-    prefix_out, prefix_lse, prefix_keys = prefix or (lse, lse, seq_lens)  # not read without
-    split_decode._split_decode[(splits, each, seqs)](
+    prefix = prefix or (lse, lse, lse, seq_lens)  # not read without
+    split_decode._split_decode[(each, seqs, splits)](
         q, k_cache, v_cache, out, lse,
         lse if sinks is None else sinks, lse if phi is None else phi,
-        lse if flagged is None else flagged, prefix_out, prefix_lse, prefix_keys,
-        block_table, query_start_loc, seq_lens,
+        lse if flagged is None else flagged, *prefix,
+        seq_lens if members is None else members, block_table, query_start_loc, seq_lens,
         floats, floats[slices * made["D_PADDED"] :], arrivals,
         *scales, scale, EVERY_KEY if window is None else window, slots, seqs,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),

@@ -38,8 +38,17 @@ MAX_ROWS = 64
 ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 
 
-# What changes from step to step compiles no code of its own.
-@triton.jit(**unspecialized(("window", "slots", "num_seqs"), ("k_scale", "v_scale")))
+# What changes from step to step compiles no code of its own; a batch's tensors may be parts of a
+# step's, which begin anywhere.
+@triton.jit(
+    **unspecialized(
+        ("window", "slots", "num_seqs", "table_row"),
+        (
+            "k_scale", "v_scale", "prefix_keys", "members", "block_table", "query_start_loc",
+            "seq_lens",
+        ),
+    )
+)  # fmt: skip
 def _split_decode(
     q,  # [T, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
@@ -49,12 +58,14 @@ def _split_decode(
     sinks,  # fp32 [H]
     phi,  # fp32 [H]
     flagged,  # i64 [1]
-    prefix_out,  # fp32 [T, H, D], attention over the first keys, of which there are
+    prefix_out,  # fp32 [T, H, D], attention over the first keys, of which each sequence has
     prefix_lse,  # fp32 [T, H]
-    prefix_keys,  # i32 [1]
+    prefix_top,  # fp32 [T, H], how far above phi, in powers of two
+    prefix_keys,  # i32 [S]
+    members,  # i32 [Z, MEMBERS], sequences of a tile
     block_table,  # i32 [S, pages]
     query_start_loc,  # i32 [S + 1]
-    seq_lens,  # i32 [S]
+    seq_lens,  # i32 [S], or of the tiles, [Z]
     partial_acc,  # fp32 [S, tiles, splits, ROWS, D_PADDED]
     partial_sum,  # fp32 [2, S, tiles, splits, ROWS], bases and sums
     arrivals,  # i32 [S, tiles], 0 before and after
@@ -83,28 +94,47 @@ def _split_decode(
     SPLITS: tl.constexpr,
     SEQS: tl.constexpr,
     MODE: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    TOKENS: tl.constexpr,
     SINKS: tl.constexpr,
     PREFIX: tl.constexpr,
     WIDE_P: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1) // ROW_TILES
-    row_tile = tl.program_id(1) % ROW_TILES
-    sequence = tl.program_id(2)
-    begin = tl.load(query_start_loc + sequence)
-    query_len = tl.load(query_start_loc + sequence + 1) - begin
+    # Splits that are not used end at once; being the last, they hold up none that are.
+    kv_head = tl.program_id(0) // ROW_TILES
+    row_tile = tl.program_id(0) % ROW_TILES
+    sequence = tl.program_id(1)
+    split = tl.program_id(2)
     seq_len = tl.load(seq_lens + sequence)
-    first_token = row_tile * ROWS // GROUP
-    if first_token >= query_len:  # padding
-        return
-    chunk = _tiles_of_chunk(seq_lens, num_seqs, window, tl.num_programs(1), slots, SEQS, KEYS)
+    r = tl.arange(0, ROWS)
     first_key = 0
-    if CAUSAL:
+    prefix = 0
+    if MEMBERS:  # up to TOKENS rows of each sequence of a tile, all of which see all of these keys
+        if seq_len == 0:  # no tile
+            return
+        member = r // (GROUP * TOKENS)
+        which = tl.load(members + sequence * MEMBERS + member, mask=member < MEMBERS, other=-1)
+        begin = tl.load(query_start_loc + which, mask=which >= 0, other=0)
+        query_len = tl.load(query_start_loc + which + 1, mask=which >= 0, other=0) - begin
+        token = r // GROUP % TOKENS
+        # Its pages are those of the first of them.
+        table = block_table + tl.load(members + sequence * MEMBERS).to(tl.int64) * table_row
+    else:
+        begin = tl.load(query_start_loc + sequence)
+        query_len = tl.load(query_start_loc + sequence + 1) - begin
+        first_token = row_tile * ROWS // GROUP
+        if first_token >= query_len:  # padding
+            return
+        token = (row_tile * ROWS + r) // GROUP
+        table = block_table + sequence.to(tl.int64) * table_row
         first_key = tl.maximum(seq_len - query_len + first_token - window + 1, 0)
-    if PREFIX:
-        first_key = tl.maximum(first_key, tl.load(prefix_keys))
+        if PREFIX:
+            prefix = tl.load(prefix_keys + sequence)
+            first_key = tl.maximum(first_key, prefix)
+    chunk = _tiles_of_chunk(
+        seq_lens, prefix_keys, num_seqs, window, tl.num_programs(0), slots, SEQS, KEYS, PREFIX
+    )
     tile0 = first_key // KEYS
     tiles = tl.maximum(tl.cdiv(seq_len, KEYS) - tile0, 0)
     chunk = tl.maximum(chunk, tl.cdiv(tiles, SPLITS))
@@ -112,8 +142,6 @@ def _split_decode(
     if split >= splits:
         return
 
-    r = tl.arange(0, ROWS)
-    token = (row_tile * ROWS + r) // GROUP
     head = kv_head * GROUP + (row_tile * ROWS + r) % GROUP
     is_row = token < query_len
     position = seq_len - query_len + token
@@ -134,14 +162,13 @@ def _split_decode(
         base_of = tl.load(phi + head, mask=is_row, other=0.0) / scale
     k_base = k_cache + kv_head.to(tl.int64) * kv_head_stride
     v_base = v_cache + kv_head.to(tl.int64) * kv_head_stride
-    table = block_table + sequence.to(tl.int64) * table_row
     scale_log2 = scale * 1.4426950408889634
     begin_tile = tile0 + split * chunk
     end_tile = tl.minimum(begin_tile + chunk, tile0 + tiles)
 
     base, top, total, acc = _sums(
         q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile, seq_len,
-        window, scale_log2, base_of, is_d, MODE, CAUSAL, ROWS, KEYS, D_PADDED, PAGE, WIDE_P,
+        window, scale_log2, base_of, is_d, MODE, MEMBERS == 0, ROWS, KEYS, D_PADDED, PAGE, WIDE_P,
         STAGES,
     )  # fmt: skip
     if MODE == 2:
@@ -151,8 +178,8 @@ def _split_decode(
         if tl.min(passes.to(tl.int32), 0) == 0:
             base, top, total, acc = _sums(
                 q_tile, k_base, v_base, table, kv_page, kv_row, position, begin_tile, end_tile,
-                seq_len, window, scale_log2, base_of, is_d, 0, CAUSAL, ROWS, KEYS, D_PADDED, PAGE,
-                False, 1,
+                seq_len, window, scale_log2, base_of, is_d, 0, MEMBERS == 0, ROWS, KEYS, D_PADDED,
+                PAGE, False, 1,
             )  # fmt: skip
 
     # Over the whole row, however its keys were split: how far above phi, and how much in all.
@@ -161,10 +188,10 @@ def _split_decode(
     unified_sum = tl.where(total > 0, unified_sum, 0.0)
     last = 0
     if splits > 1:
-        place = (sequence * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+        place = (sequence * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
         slot = (place * SPLITS + split) * ROWS + r
-        all_slots = (tl.num_programs(2) * tl.num_programs(1) * SPLITS * ROWS).to(tl.int64)
-        tl.store(partial_acc + slot[:, None] * D_PADDED + d[None, :], acc)
+        all_slots = (tl.num_programs(1) * tl.num_programs(0) * SPLITS * ROWS).to(tl.int64)
+        tl.store(partial_acc + slot[:, None] * D_PADDED + d[None, :], acc, mask=is_out)
         tl.store(partial_sum + slot, base)
         tl.store(partial_sum + all_slots + slot, total)
         tl.debug_barrier()  # every thread's part is written before one of them says so
@@ -199,29 +226,40 @@ def _split_decode(
                     its_total > 0, tl.math.exp2((its_base - finite) * scale_log2), 0.0
                 )
                 its = tl.load(
-                    partial_acc + part[:, None] * D_PADDED + d[None, :], cache_modifier=".cg"
-                )
+                    partial_acc + part[:, None] * D_PADDED + d[None, :], mask=is_out, other=0.0,
+                    cache_modifier=".cg",
+                )  # fmt: skip
                 acc += weight[:, None] * its
     else:
         last = 1
 
     if last == 1:
-        if MODE == 2:
-            left = (excess > HIGH) | (unified_sum < LOWEST_SUM)
-            left = left & (total > 0) & is_row
-            count = tl.sum(left.to(tl.int64), 0)
-            if count > 0:
-                tl.atomic_add(flagged, count)
         if v_scale is not None:
             acc = acc * tl.load(v_scale)
+        at = row * num_heads + head
         if PREFIX:
-            its_lse = tl.load(prefix_lse + row * num_heads + head, mask=is_row, other=float("-inf"))
-            its_lse = its_lse / scale
+            # Of a sequence that shares none there is nothing to read.
+            shares = is_row & (prefix + r * 0 > 0)
+            its_lse = tl.load(prefix_lse + at, mask=shares, other=float("-inf")) / scale
             its = tl.load(
-                prefix_out + (row * num_heads + head)[:, None] * D + d[None, :],
-                mask=is_out, other=0.0,
+                prefix_out + at[:, None] * D + d[None, :],
+                mask=shares[:, None] & is_d[None, :], other=0.0,
             )  # fmt: skip
+            if MODE == 2:
+                its_top = tl.load(prefix_top + at, mask=shares, other=float("-inf"))
+                excess = tl.maximum(excess, its_top)
+                above = (its_lse - base_of) * scale_log2
+                unified_sum += tl.math.exp2(tl.minimum(above, 115.0))
             base, total, acc = _join(base, total, acc, its_lse, its, scale_log2)
+        if MODE == 2:
+            if MEMBERS:  # judged with the rest of the row
+                tl.store(prefix_top + at, excess, mask=is_row)
+            else:
+                left = (excess > HIGH) | (unified_sum < LOWEST_SUM)
+                left = left & (total > 0) & is_row
+                count = tl.sum(left.to(tl.int64), 0)
+                if count > 0:
+                    tl.atomic_add(flagged, count)
         if SINKS:
             sink = tl.load(sinks + head, mask=is_row, other=0.0) / scale
             base, total, acc = _join(base, total, acc, sink, tl.zeros_like(acc), scale_log2)
@@ -235,20 +273,25 @@ def _split_decode(
             acc.to(out.dtype.element_ty),
             mask=is_out,
         )
-        tl.store(lse + row * num_heads + head, natural, mask=is_row)
+        tl.store(lse + at, natural, mask=is_row)
 
 
 SIGNATURE = {
     "lse": "*fp32", "sinks": "*fp32", "phi": "*fp32", "flagged": "*i64", "prefix_out": "*fp32",
-    "prefix_lse": "*fp32", "prefix_keys": "*i32", "block_table": "*i32",
-    "query_start_loc": "*i32", "seq_lens": "*i32", "partial_acc": "*fp32", "partial_sum": "*fp32",
-    "arrivals": "*i32", "scale": "fp32", "window": "i32", "slots": "i32", "num_seqs": "i32",
-    "table_row": "i32", "num_heads": "i32",
+    "prefix_lse": "*fp32", "prefix_top": "*fp32", "prefix_keys": "*i32", "members": "*i32",
+    "block_table": "*i32", "query_start_loc": "*i32", "seq_lens": "*i32", "partial_acc": "*fp32",
+    "partial_sum": "*fp32", "arrivals": "*i32", "scale": "fp32", "window": "i32", "slots": "i32",
+    "num_seqs": "i32", "table_row": "i32", "num_heads": "i32",
 }  # fmt: skip
 STRIDES = (
     "q_row", "q_head", "kv_page", "kv_head_stride", "kv_row", "out_row", "out_head",
 )  # fmt: skip
 PAGE = 16  # tokens, vLLM's default on GPUs
+
+
+def max_rows(head_size: int) -> int:
+    """Most rows of a program: 64 of 256 accumulators spill 72 bytes on sm_90."""
+    return MAX_ROWS if triton.next_power_of_2(head_size) <= 128 else MAX_ROWS // 2
 
 
 def constants(
@@ -262,18 +305,23 @@ def constants(
     splits: int,
     seqs: int,
     mode: int,
-    causal: bool = True,
+    members: int = 0,
     sinks: bool = False,
     prefix: bool = False,
 ) -> dict[str, object]:
-    """The constants of a launch for up to `tokens` query rows a sequence."""
+    """The constants of a launch for up to `tokens` query rows a sequence.
+
+    members: sequences whose rows a program takes, of a launch over shared prefixes; 0: it is one
+    over sequences.
+    """
     padded = triton.next_power_of_2(head_size)
     keys = 64 if padded <= 128 else 32
     if target.backend == "hip" and mode == UNIFIED:
         keys //= 2  # 64 spill 36 to 224 bytes on gfx942
-    # 64 rows of 256 accumulators spill 72 bytes on sm_90.
-    most = MAX_ROWS if padded <= 128 else MAX_ROWS // 2
-    rows = min(max(triton.next_power_of_2(group * tokens), 16), most)
+    rows = group * tokens * max(members, 1)
+    most = max_rows(head_size)
+    assert rows <= most or not members, (rows, most)
+    rows = min(max(triton.next_power_of_2(rows), 16), most)
     return {
         "GROUP": group,
         "D": head_size,
@@ -281,11 +329,12 @@ def constants(
         "PAGE": page,
         "KEYS": keys,
         "ROWS": rows,
-        "ROW_TILES": triton.cdiv(group * tokens, rows),
+        "ROW_TILES": 1 if members else triton.cdiv(group * tokens, rows),
         "SPLITS": splits,
         "SEQS": triton.next_power_of_2(seqs),
         "MODE": mode,
-        "CAUSAL": causal,
+        "MEMBERS": members,
+        "TOKENS": tokens if members else 1,
         "SINKS": sinks,
         "PREFIX": prefix,
         "WIDE_P": mode == UNIFIED and dtype == torch.float16,
@@ -307,7 +356,7 @@ FORMS = (
     ("unified", 1, UNIFIED, {}),
     ("online-8tokens", 8, ONLINE, {}),
     ("unified-8tokens", 8, UNIFIED, {}),
-    ("prefix", 64, ONLINE, {"causal": False}),
+    ("prefix", 1, ONLINE, {}),
     ("suffix", 1, ONLINE, {"prefix": True}),
     ("sinks", 1, ONLINE, {"sinks": True}),
 )
@@ -336,6 +385,8 @@ def _shown(target: Target) -> Iterator[tuple]:
 @kernel(_split_decode)
 def configs(target: Target) -> Iterator[Config]:
     for dtype, cache, head_size, form, tokens, mode, more in _shown(target):
+        if form == "prefix":
+            more = {"members": max_rows(head_size) // 4}
         made = constants(
             target, dtype, head_size, group=4, page=PAGE, tokens=tokens, splits=64, seqs=8,
             mode=mode, **more,

@@ -22,7 +22,6 @@ from vllm_sparse.kernels.gpu.paged_decode import (
     Workspace,
     most_splits,
     paged_decode,
-    shared_prefix,
 )
 
 DTYPES = [FLOAT32, FLOAT16, BFLOAT16]
@@ -201,35 +200,6 @@ def test_a_workspace_serves_launch_after_launch(few_programs):
         case = make_case([1] * len(lens), lens, dtype=ANY_DTYPE)
         assert_close(case, None, run(case, workspace=workspace)[0])
         assert not workspace._arrivals.any()
-
-
-@pytest.mark.parametrize("softmax", MODES)
-@pytest.mark.parametrize("shared_pages", [0, 4, 13])
-def test_a_shared_prefix(softmax, shared_pages, few_programs):
-    case = make_case([1, 2, 1], [300, 290, 217], dtype=ANY_DTYPE)
-    table = case.block_table
-    table[1:, :shared_pages] = table[0, :shared_pages]
-    on = caches_to_device(case)
-    shared = shared_prefix(on.block_table, on.query_start_loc, on.seq_lens, page=16, fewest=64)
-    assert int(shared) == {0: 0, 4: 64, 13: 192}[shared_pages]
-    got, flagged = run(case, softmax, shared=shared.cpu())
-    assert_close(case, None, got)
-    assert flagged == 0
-
-
-def test_a_prefix_ends_before_the_first_query():
-    """The shared keys are seen by every row: no row's own position lies among them."""
-    case = make_case([1, 8], [130, 133], dtype=ANY_DTYPE)
-    case.block_table[1, :8] = case.block_table[0, :8]
-    args = (to_device(case.block_table), to_device(case.query_start_loc), to_device(case.seq_lens))
-    assert int(shared_prefix(*args, page=16, fewest=0)) == 64  # 125 keys end in page 7
-    assert int(shared_prefix(*args, page=16, fewest=65)) == 0
-
-
-def test_one_sequence_shares_nothing():
-    case = make_case([1], [500])
-    args = (to_device(case.block_table), to_device(case.query_start_loc), to_device(case.seq_lens))
-    assert int(shared_prefix(*args, page=16, fewest=0)) == 0
 
 
 def test_room_for_splits_follows_from_shapes_alone():

@@ -18,8 +18,9 @@ from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.gpu import launch
 from vllm_sparse.kernels.gpu import paged_decode as decode_module
 from vllm_sparse.kernels.gpu.block_means import PageSums, block_means
-from vllm_sparse.kernels.gpu.paged_decode import shared_prefix
+from vllm_sparse.kernels.gpu.paged_decode import members_of
 from vllm_sparse.kernels.gpu.row_scores import row_scores
+from vllm_sparse.kernels.gpu.shared_prefix import shared_prefixes
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.gpu.write_kv import write_kv
 from vllm_sparse.patterns import ADAPTIVE
@@ -113,8 +114,8 @@ def test_a_shared_prefix_and_sinks(softmax, monkeypatch):
     stored, meant = fp8_case([1, 2, 1], [300, 290, 217], dtype=ANY_DTYPE)
     stored.block_table[1:, :13] = stored.block_table[0, :13]  # both cases' own
     where = map(to_device, (stored.block_table, stored.query_start_loc, stored.seq_lens))
-    shared = shared_prefix(*where, page=16, fewest=64).cpu()
-    assert int(shared) == 192
+    shared = shared_prefixes(*where, page=16, members=members_of(2, 64, 2), fewest=64)
+    assert shared.keys.tolist() == [192] * 3
     sinks = torch.tensor([0.0, 3.0, -50.0, 9.0])
     got, _ = decode(stored, softmax, shared=shared, sinks=sinks, **SCALES)
     want = reference.paged_decode(
