@@ -37,8 +37,13 @@ CHOICE: dict[str, tuple[str, ...]] = {
         "test_a_part_that_vanishes_is_no_reason_to_flag", "test_several_queries_a_sequence",
         "test_more_rows_than_a_program_takes", "test_windows[20-online]",
         "test_windows[130-unified]", "test_sinks", "test_a_sequence_without_keys_and_padding",
-        "test_a_workspace_serves_launch_after_launch", "test_a_shared_prefix[13-online]",
-        "test_a_prefix_ends_before_the_first_query", "test_a_captured_graph_follows_the_lengths",
+        "test_a_workspace_serves_launch_after_launch", "test_a_captured_graph_follows_the_lengths",
+    ),
+    "test_shared_prefix_gpu": (
+        "test_found_as_on_the_cpu", "test_long_prefixes_and_more_of_them_than_there_is_room_for",
+        "test_two_prefixes_and_a_stranger", "test_shapes", "test_padding_and_unwritten_rows",
+        "test_regimes", "test_rows_that_leave_phi_in_one_part_only", "test_sinks",
+        "test_a_workspace_is_left_clean",
     ),
     "test_fp8_gpu": (
         "test_prefill", "test_prefill_with_a_window_and_sinks", "test_mean_correction[bf16]",
