@@ -318,6 +318,27 @@ def test_the_smoke_step_uses_the_cores_where_it_can(has, monkeypatch, capsys):
     assert ("pytest-xdist is not installed" in capsys.readouterr().out) == ("xdist" not in has)
 
 
+def test_a_file_that_cannot_be_imported_does_not_cost_the_others(monkeypatch, capsys):
+    asked = []
+
+    def main(given, plugins):
+        asked.append(given)
+        if any("test_broken" in one for one in given):
+            return 4
+        plugins[0].pytest_runtest_logreport(None)
+        return 0
+
+    monkeypatch.setattr(pytest, "main", main)
+    monkeypatch.setattr(_gpu_smoke, "CHOICE", {"test_a": ("x", "y"), "test_broken": ("z",)})
+    assert _gpu_smoke.run(_gpu_smoke.CHOICE, ["-v"]) == 4
+    assert asked[1:] == [
+        ["tests/gpu/test_a.py::x", "tests/gpu/test_a.py::y", "-v"],
+        ["tests/gpu/test_broken.py::z", "-v"],
+    ]  # fmt: skip
+    assert "file by file" in capsys.readouterr().out
+    assert _gpu_smoke.run(["test_a"], []) == 0 and len(asked) == 4
+
+
 def test_the_smoke_step_without_pytest_or_a_gpu_is_told():
     code = "import sys; from benchmarks import _gpu_smoke as s; {}; sys.exit(s.main())"
     gone = "s._has = lambda package: False"
@@ -332,7 +353,7 @@ def test_the_smoke_step_without_pytest_or_a_gpu_is_told():
 
 def test_every_test_of_the_smoke_step_is_there():
     """A name that is gone would keep pytest from running any of them."""
-    wanted = _gpu_smoke.tests()
+    wanted = [one for file in _gpu_smoke.CHOICE for one in _gpu_smoke.tests(file)]
     assert len(set(wanted)) == len(wanted) > 50
     done = subprocess.run(
         ["pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *wanted],
