@@ -44,8 +44,8 @@ def _decode(*more: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-# FlexAttention is compiled for most of a minute, and vLLM's Triton kernel may take ten times as long
-# as the fastest at 128K: they have steps of their own.
+# FlexAttention is compiled for most of a minute, and vLLM's Triton kernel may take ten times as
+# long as the fastest at 128K: they have steps of their own.
 FAST_PEERS = ("--peers", "fa3", "cudnn", "flash")
 CELLS = ("4096", "32768", "131072", "65536", "16384", "8192")
 
