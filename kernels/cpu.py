@@ -264,7 +264,7 @@ def paged_decode(
             q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out,
             softmax=softmax, phi=phi, flagged=flagged,
         )  # fmt: skip
-    softmax_modes.check(softmax, phi, q.shape[1])
+    softmax_modes.check(softmax, phi, flagged, q.shape[1])
     refuse_fp8(k_cache, v_cache)
     args = _Decode()
     out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
@@ -273,18 +273,21 @@ def paged_decode(
         phi = phi.contiguous()
         args.phi = phi.data_ptr()
     if flagged is not None:
-        if flagged.dtype != torch.int64 or flagged.numel() != 1:
-            raise ValueError(
-                f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
-            )
         args.flagged = flagged.data_ptr()
-    if shared is not None:
-        shared.check(seq_lens, CPU_MEMBERS)
-        tensors = [int32("shared", x) for x in (shared.keys, shared.tile_keys, shared.members)]
+    if shared is not None and shared.tile_keys.numel():
         args.num_tiles, args.most_members = shared.members.shape
+        tensors = [int32("shared", x) for x in (shared.keys, shared.tile_keys, shared.members)]
         args.shared_keys, args.tile_keys, args.members = (x.data_ptr() for x in tensors)
         _keep += tensors
-    check(library.vllm_sparse_decode(ctypes.byref(args)), "paged_decode")
+    code = 2
+    if shared is None or shared.fits(seq_lens.numel()):
+        code = library.vllm_sparse_decode(ctypes.byref(args))
+    if code == 2:
+        raise ValueError(
+            f"shared: {shared} is not of sequences with {seq_lens.tolist()} keys; make it by "
+            f"shared_prefixes of the same batch, with up to {CPU_MEMBERS} members"
+        )
+    check(code, "paged_decode")
     return out, lse
 
 

@@ -171,7 +171,7 @@ def paged_decode(
     Returns:
         out [T, H, D] in q's dtype, lse [T, H] fp32; 0 and -inf for a row without keys or sink.
     """
-    softmax_modes.check(softmax, phi, q.shape[1])
+    softmax_modes.check(softmax, phi, flagged, q.shape[1])
     check_scales(q.device, k_scale=k_scale, v_scale=v_scale)
     group = q.shape[1] // k_cache.shape[1]
     out = torch.empty_like(q) if out is None else out

@@ -27,26 +27,10 @@ class SharedPrefixes:
     tile_keys: torch.Tensor  # int32 [Z], the same for each tile; 0: no tile
     members: torch.Tensor  # int32 [Z, M], its sequences in the batch's order; -1 after the last
 
-    def check(self, seq_lens: torch.Tensor, most: int) -> None:
-        """Raises ValueError where these cannot be of a batch with these lengths (int32 [S]), or
-        tiles have more than `most` sequences. Looks at the values."""
-        fits = (
-            self.keys.shape == seq_lens.shape
-            and self.tile_keys.shape == self.members.shape[:1]
-            and self.members.shape[1] <= most
-            and bool((self.keys <= seq_lens).all())
-            and bool((self.members < seq_lens.numel()).all())
-        )
-        if fits and self.tile_keys.any():  # each sequence in the one tile that its keys are of
-            its_keys = self.tile_keys[:, None].expand_as(self.members)[self.members >= 0]
-            told = torch.zeros_like(self.keys)
-            told.index_add_(0, self.members[self.members >= 0].long(), its_keys)
-            fits = torch.equal(told, self.keys)
-        if not fits:
-            raise ValueError(
-                f"shared: {self} is not of sequences with {seq_lens.tolist()} keys; make it by "
-                f"shared_prefixes of the same batch, with up to {most} members"
-            )
+    def fits(self, seqs: int) -> bool:
+        """Whether these are of so many sequences, by their shapes."""
+        tiles = self.tile_keys.numel()
+        return self.keys.numel() == seqs and self.members.shape[0] == tiles
 
 
 def room(seqs: int, members: int) -> tuple[int, int]:

@@ -30,8 +30,9 @@ LOW = -48.0  # and if its lse is no further below.
 LAZY_GROWTH = 8 * math.log(2)  # p stays below 2^8, which fp16 holds without losing a digit
 
 
-def check(softmax: str, phi: torch.Tensor | None, heads: int) -> None:
-    """Raises ValueError for a mode that does not exist, or a phi that does not go with it."""
+def check(softmax: str, phi: torch.Tensor | None, flagged: torch.Tensor | None, heads: int) -> None:
+    """Raises ValueError for a mode that does not exist, a phi that does not go with it, or a count
+    of flagged rows that is none."""
     if softmax not in MODES:
         raise ValueError(f"softmax: got {softmax!r}; allowed: {', '.join(MODES)}")
     if (softmax == "unified") != (phi is not None):
@@ -43,6 +44,10 @@ def check(softmax: str, phi: torch.Tensor | None, heads: int) -> None:
         raise ValueError(
             f"phi: got {tuple(phi.shape)} {phi.dtype}; it must be float32 of one entry for each "
             f"of the {heads} query heads"
+        )
+    if flagged is not None and (flagged.dtype != torch.int64 or flagged.numel() != 1):
+        raise ValueError(
+            f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
         )
 
 

@@ -38,7 +38,7 @@ def start(monkeypatch):
 def test_the_defaults_are_said(start):
     started, line = start()
     assert started.break_even == 2048
-    assert started.patterns(3, 0, 4) == (ADAPTIVE,) * 4
+    assert started.heads.patterns(3, 0, 4) == (ADAPTIVE,) * 4
     assert line.startswith(
         "Sparse attention active: coverage 0.95, break-even 2048 tokens (measured), "
         "patterns adaptive, decode dense, softmax online, kernels "
@@ -76,8 +76,8 @@ def test_a_rank_gets_the_patterns_of_its_own_heads(start, tmp_path):
     PatternFile(schema_version=1, model=model, layers={2: {3: dense}}).save(path)
     started, line = start(patterns=str(path))
     assert f"patterns {path}, " in line
-    assert started.patterns(2, 2, 2) == (ADAPTIVE, dense)
-    assert started.patterns(2, 0, 2) == (ADAPTIVE, ADAPTIVE)
+    assert started.heads.patterns(2, 2, 2) == (ADAPTIVE, dense)
+    assert started.heads.patterns(2, 0, 2) == (ADAPTIVE, ADAPTIVE)
 
 
 def test_settings_that_do_not_fit_the_model_are_errors(start):
@@ -98,11 +98,11 @@ def test_a_rank_gets_the_phi_of_its_own_heads(start, tmp_path):
     path = with_phi(tmp_path / "phi.json", range(4))
     started, line = start(patterns=path, softmax="unified")
     assert "softmax unified, " in line
-    assert started.phi(3, 2, 2).tolist() == [32.0, 33.0]
-    assert started.phi(0, 0, 2).tolist() == [0.0, 1.0]
-    assert started.phi(0, 0, 2).dtype == torch.float32
+    assert started.heads.phi(3, 2, 2).tolist() == [32.0, 33.0]
+    assert started.heads.phi(0, 0, 2).tolist() == [0.0, 1.0]
+    assert started.heads.phi(0, 0, 2).dtype == torch.float32
     started, _ = start(patterns=path)
-    assert started.phi(3, 2, 2) is None
+    assert started.heads.phi(3, 2, 2) is None
 
 
 @pytest.mark.parametrize("layers", [None, [], [0, 1, 3]])

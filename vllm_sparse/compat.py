@@ -119,11 +119,11 @@ class LegacyLayout:
         return (0, 1, 2, 3, 4) if include_num_layers_dimension else (0, 1, 2, 3)
 
 
-def flash_attention(head_size: int) -> tuple[Callable, int] | None:
+def flash_attention(head_size: int, has_sinks: bool = False) -> tuple[Callable, int] | None:
     """vLLM's `flash_attn_varlen_func` and the version of it that layers of this head size get.
 
     None where vLLM itself would not take FlashAttention 2 or 3 first: on compute capability 10 it
-    takes FlashInfer, and FlashAttention 4 wants pages of its own size.
+    takes FlashInfer, FlashAttention 4 wants pages of its own size, and 2 knows no sinks.
 
     The names are those of 0.29 and later; before, there may be others, and the answer is None.
     """
@@ -138,11 +138,28 @@ def flash_attention(head_size: int) -> tuple[Callable, int] | None:
             get_flash_attn_version,
         )
 
-        version = get_flash_attn_version(head_size=head_size)
+        wanted = {"has_sinks": True} if has_sinks else {}
+        version = get_flash_attn_version(head_size=head_size, **wanted)
     except (ImportError, TypeError) as error:
         logger.debug("No FlashAttention of vLLM's: %s", error)
         return None
-    return (flash_attn_varlen_func, version) if version in (2, 3) else None
+    return (flash_attn_varlen_func, version) if version in ((3,) if has_sinks else (2, 3)) else None
+
+
+def makes_draft(vllm_config) -> bool:
+    """Whether vLLM is making the layers of a draft model, in speculative decoding.
+
+    Most drafts are made under the target's configuration, and tell by the tag that vLLM compiles
+    them under ("eagle_head", "draft_model", ...).
+    """
+    if vllm_config.speculative_config is None:
+        return False
+    if getattr(vllm_config.model_config, "runner_type", None) == "draft":
+        return True
+    from vllm.compilation import backends
+
+    tag = getattr(backends, "model_tag", "")
+    return tag.endswith("_head") or tag in ("draft_model", "extract_hidden_states")
 
 
 def worker_cores(threads: int) -> list[int] | None:

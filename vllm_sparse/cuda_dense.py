@@ -22,6 +22,10 @@ logger = log.get_logger(__name__)
 
 # Largest difference of two kernels' outputs of normal numbers, each rounded to bfloat16.
 TOLERANCE = 0.03
+FP8_DENSE = (
+    "Dense chunks over the FP8 cache go to vLLM's Triton kernel: vLLM's FlashAttention 3, which it "
+    "would take without this plugin, asks for FP8 queries, and ours are the model's"
+)
 
 
 def triton_dense(
@@ -36,6 +40,7 @@ def triton_dense(
     scale: float,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """vLLM's Triton attention of one sequence; arguments as `reference.sparse_prefill` has them."""
     out = torch.empty_like(q)
@@ -46,6 +51,7 @@ def triton_dense(
         window_size=(-1, -1), block_table=block_table, softcap=0, q_descale=None,
         k_descale=k_scale, v_descale=v_scale,
         kv_quant_mode=KVQuantMode.NONE if k_scale is None else KVQuantMode.FP8_PER_TENSOR,
+        sinks=sinks,
     )  # fmt: skip
     return out
 
@@ -75,6 +81,7 @@ class Flash:
         longest: int,
         window: int | None,
         out: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         """Write causal attention of a batch to `out`.
 
@@ -83,24 +90,27 @@ class Flash:
             block_table: int32 [S, P]; query_start_loc: int32 [S + 1]; seq_lens: int32 [S].
             longest_query, longest: at least the most queries and keys of a sequence.
             window: keys that a query sees, itself included; None: all.
+            sinks: [H], logits that take a share of the mass; as vLLM's layer has them. None: none.
         """
+        extra = {} if sinks is None else {"s_aux": sinks}
         self.function(
             q=q, k=_one_key_wide(k_cache.transpose(1, 2)), v=_one_key_wide(v_cache.transpose(1, 2)),
             out=out, cu_seqlens_q=query_start_loc, max_seqlen_q=longest_query, seqused_k=seq_lens,
             max_seqlen_k=longest, softmax_scale=scale, causal=True,
             window_size=[-1, -1] if window is None else [window - 1, 0], block_table=block_table,
-            fa_version=self.version,
+            fa_version=self.version, **extra,
         )  # fmt: skip
 
     def __call__(
-        self, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices, *, scale
-    ) -> torch.Tensor:
+        self, q, k_cache, v_cache, block_table, query_start_loc, seq_lens, indices, *, scale,
+        sinks=None,
+    ) -> torch.Tensor:  # fmt: skip
         """As `triton_dense`; for the break-even."""
         out = torch.empty_like(q)
         longest = block_table.shape[1] * k_cache.shape[2]
         self.attend(
             q, k_cache, v_cache, block_table, query_start_loc, seq_lens, scale=scale,
-            longest_query=q.shape[0], longest=longest, window=None, out=out,
+            longest_query=q.shape[0], longest=longest, window=None, out=out, sinks=sinks,
         )  # fmt: skip
         return out
 
@@ -123,22 +133,28 @@ def flash_for(
     page: int,
     dtype: torch.dtype,
     cache_dtype: torch.dtype,
-    has_sinks: bool,
+    sinks: torch.dtype | None,
     device: torch.device,
 ) -> Flash | None:
     """FlashAttention for layers of this shape; None where vLLM's Triton kernel is to be taken.
 
-    It is tried against that kernel first. Sinks and FP8 caches stay with Triton: FlashAttention
-    takes FP8 keys with FP8 queries only, and ours are the model's.
+    It is tried against that kernel first. FP8 caches stay with Triton: FlashAttention takes FP8
+    keys with FP8 queries only, and ours are the model's.
+
+    Args:
+        sinks: dtype of the layer's attention sinks; None: it has none.
     """
-    if has_sinks or cache_dtype != dtype:
-        return None
-    found = compat.flash_attention(head_size)
+    found = compat.flash_attention(head_size, has_sinks=sinks is not None)
     if found is None:
         return None
     flash = Flash(*found)
+    if cache_dtype != dtype:
+        # Version 3 is what vLLM itself would take over an FP8 cache; 2 does not read one.
+        if flash.version == 3:
+            _left_to_triton("fp8_dense", FP8_DENSE)
+        return None
     try:
-        apart = difference(flash, head_size, heads, kv_heads, page, dtype, device)
+        apart = difference(flash, head_size, heads, kv_heads, page, dtype, sinks, device)
         problem = None if apart <= TOLERANCE else f"its output is {apart:.3f} off Triton's"
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
@@ -146,9 +162,13 @@ def flash_for(
         log.once(logger, logging.INFO, f"Dense chunks and prompts go to vLLM's {flash.__name__}")
         return flash
     message = f"vLLM's FlashAttention is not used for dense chunks, its Triton kernel is: {problem}"
-    log.once(logger, logging.WARNING, message)
-    STATS.fallbacks["flash_attention"] = STATS.fallbacks.get("flash_attention", 0) + 1
+    _left_to_triton("flash_attention", message)
     return None
+
+
+def _left_to_triton(reason: str, message: str) -> None:
+    log.once(logger, logging.WARNING, message)
+    STATS.fallbacks[reason] = STATS.fallbacks.get(reason, 0) + 1
 
 
 def difference(
@@ -158,6 +178,7 @@ def difference(
     kv_heads: int,
     page: int,
     dtype: torch.dtype,
+    sinks: torch.dtype | None,
     device: torch.device,
 ) -> float:
     """The largest difference between the two kernels' outputs of a small chunk."""
@@ -171,7 +192,9 @@ def difference(
     table = torch.arange(pages, dtype=torch.int32, device=device).flip(0)[None]
     starts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, rows], [keys]))
     where = (q, k_cache, v_cache, table, starts, lens, None)
-    got, want = (f(*where, scale=head_size**-0.5) for f in (flash, triton_dense))
+    if sinks is not None:  # of about a key's logits
+        sinks = torch.linspace(-1, 1, heads, device="cpu").to(device, sinks)
+    got, want = (f(*where, scale=head_size**-0.5, sinks=sinks) for f in (flash, triton_dense))
     return float((got.float() - want.float()).abs().max())
 
 

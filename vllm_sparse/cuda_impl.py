@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import get_tensor_model_parallel_rank, get_tp_group
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl, TritonAttentionMetadata
 
-from . import log
+from . import compat, log
 from .config import SECTION, SparseConfig
 from .cuda_backend import cache_problem
-from .cuda_dense import flash_for, triton_dense
+from .cuda_dense import Flash, flash_for, triton_dense
 from .cuda_metadata import GpuSegment, SparseCudaMetadata, decode_rows
-from .cuda_runtime import Counters, start, workspace_bytes
+from .cuda_runtime import Counters, shared_counters, start, workspace_bytes
 from .impl import refuse_special
 from .kernels.block_indices import BLOCK
 from .kernels.gpu import left_out
 from .kernels.gpu.block_means import PageSums, unit
-from .kernels.gpu.paged_decode import Workspace, paged_decode, shared_workspace, warm_up
+from .kernels.gpu.paged_decode import (
+    Workspace,
+    members_of,
+    paged_decode,
+    shared_workspace,
+    warm_up,
+)
 from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.paged_cache import FP8, check_scales
+from .kernels.shared_prefix import SharedPrefixes
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
+from .patterns import ADAPTIVE
 from .planner.device import plan_on_device
-from .runtime import Model
+from .planner.device_break_even import NEVER_PAYS, BreakEven
+from .runtime import HeadSettings, Model
 from .stats import STATS
 
 logger = log.get_logger(__name__)
@@ -89,46 +99,40 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.chunk = scheduler.max_num_batched_tokens
         self.longest = vllm_config.model_config.max_model_len
         self.most_seqs = scheduler.max_num_seqs
-        self.page = vllm_config.cache_config.block_size or 16
         self.most_rows = decode_rows(vllm_config)
         self.dtype = torch.get_default_dtype()
         self.fp8 = kv_cache_dtype.startswith("fp8")
         self.cache_dtype = FP8 if self.fp8 else self.dtype
         # Our kernels take queries in the model's dtype; vLLM's takes them as well, beside FP8 keys.
         self.supports_quant_query_input = False
-        self.flash = flash_for(
-            head_size, num_heads, num_kv_heads, self.page, self.dtype, self.cache_dtype,
-            sinks is not None, torch.get_default_device(),
-        )  # fmt: skip
         # A window of a few thousand tokens leaves little to leave out.
         self.always_dense = sliding_window is not None
-        self.break_even = 0
+        # What follows is known once the cache is laid out; see `settle`.
+        self.page: int | None = None
+        self.flash: Flash | None = None
+        self.break_even = NEVER_PAYS
         self.counters: Counters | None = None
         self.patterns: tuple | None = None
         self.sums: PageSums | None = None
+        self.summed: tuple | None = None  # address and shape of the cache that `sums` is for
         self.window = sliding_window
+        # Most sequences whose decode reads what they begin with together; below 2: none do.
+        self.members = 0
+        if self.config.shared_prefix and sliding_window is None:
+            self.members = members_of(num_heads // num_kv_heads, head_size, self.most_rows)
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
-        # Pages that another process fills come with no sums.
-        self.keeps_sums = vllm_config.kv_transfer_config is None
+        self.cache_config = vllm_config.cache_config
+        self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
         if self.always_dense:
             STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
-            return
-        self.runtime = start(
-            self.config,
-            Model.of(vllm_config),
-            dtype=self.dtype,
-            cache_dtype=self.cache_dtype,
-            head_size=head_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            chunk=self.chunk,
-            page=self.page,
-            dense=self.flash or triton_dense,
-            has_sinks=sinks is not None,
-        )
-        self.break_even = self.runtime.break_even
-        self.counters = self.runtime.counters
+        # A draft's layers are not those that the settings' layers and patterns are of.
+        self.layers = 0
+        self.heads = HeadSettings()
+        if not compat.makes_draft(vllm_config):
+            model = Model.of(vllm_config)
+            self.layers = model.layers
+            self.heads = HeadSettings.of(self.config, model)
 
     def fused_output_quant_supported(self, quant_key) -> bool:
         return False
@@ -151,26 +155,20 @@ class SparseCudaImpl(TritonAttentionImpl):
         return {"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.fp8 else {}
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
-        """Make room for the sums of pages, or say once that there is none.
+        """Make room for the sums of pages, or say once that there is none. Both hold for this
+        cache: vLLM tries graphs on a small one before it makes the one that serves.
 
         To be called with the layer's cache before a page is written: what is written without it
         is in no sum. The builder does, as the first write may be inside a graph's capture.
         """
-        if self.always_dense or not self.keeps_sums or self.sums is not None:
+        if self.always_dense or not kv_cache.numel():  # empty: vLLM measures memory
             return
-        if not kv_cache.numel():  # vLLM measures memory
+        cache = (kv_cache.data_ptr(), kv_cache.shape)
+        if cache == self.summed:
             return
+        self.summed, self.sums = cache, None
         k_cache = self._caches(kv_cache)[0]
-        pages, heads, page, size = k_cache.shape
-        why = None
-        if unit(page) is None:
-            why = f"pages of {page} tokens are no part or multiple of {BLOCK}"
-        elif k_cache.is_cuda:
-            need = pages * page // unit(page) * heads * size * self.dtype.itemsize
-            if torch.cuda.is_current_stream_capturing():
-                why = "pages were first written inside a CUDA graph"
-            elif torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
-                why = "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
+        why = self._why_no_sums(k_cache)
         if why is None:
             self.sums = PageSums(k_cache, self.dtype)
             # Compiles the kernels, and writes nothing.
@@ -178,12 +176,34 @@ class SparseCudaImpl(TritonAttentionImpl):
             self.sums.update(k_cache, torch.full((2,), -1, device=on))
             scale = torch.ones(1, device=on) if self.fp8 else None
             table = torch.zeros(1, dtype=torch.int32, device=on)
-            self.sums.means(table, 1, torch.arange(heads, device=on), scale)
+            self.sums.means(table, 1, torch.arange(k_cache.shape[1], device=on), scale)
             return
-        self.keeps_sums = False
         message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
         log.once(logger, logging.WARNING, message)
         STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
+
+    def _why_no_sums(self, k_cache: torch.Tensor) -> str | None:
+        """Why no sums are kept of a cache's pages, or None: they are."""
+        pages, heads, page, size = k_cache.shape
+        if self.pages_from_elsewhere:
+            return "a KV connector fills pages, which come without"
+        if unit(page) is None:
+            return f"pages of {page} tokens are no part or multiple of {BLOCK}"
+        # Where a prefix hit ends inside a block, vLLM copies the block's keys, and not their sums.
+        # Of one unit that is no matter: the first token that is written after them sums it anew.
+        shared = getattr(self.cache_config, "hash_block_size", None)
+        blocks = self.cache_config.num_gpu_blocks
+        tokens = pages * page // blocks if blocks else page
+        if self.cache_config.enable_prefix_caching and shared and max(shared, unit(page)) < tokens:
+            return f"vLLM shares prefixes by {shared} tokens and parts of blocks of {tokens}"
+        if not k_cache.is_cuda:
+            return None
+        need = pages * page // unit(page) * heads * size * self.dtype.itemsize
+        if torch.cuda.is_current_stream_capturing():
+            return "pages were first written inside a CUDA graph"
+        if torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
+            return "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
+        return None
 
     def forward(
         self,
@@ -201,8 +221,7 @@ class SparseCudaImpl(TritonAttentionImpl):
 
         key and value were written by do_kv_cache_update.
         """
-        if self.workspace is None:
-            self._prepare(layer, query.device)
+        self._prepare(layer, query.device)
         if attn_metadata is None:  # vLLM measures memory: show it what planning will take
             if not self.always_dense:
                 need = workspace_bytes(self.chunk, self.longest, self.num_heads, self.head_size)
@@ -213,7 +232,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         segments = attn_metadata.segments
         if segments is None and attn_metadata.decodes:
             tokens = attn_metadata.num_actual_tokens
-            self._decode(layer, attn_metadata, query[:tokens], kv_cache, output[:tokens])
+            given = (query[:tokens], kv_cache, output[:tokens])
+            self._decode(layer, attn_metadata, attn_metadata.shared, *given)
             return output
         if segments is None or self.always_dense:
             tokens = attn_metadata.num_actual_tokens
@@ -224,7 +244,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
-                self._decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
+                given = (query[rows], kv_cache, output[rows])
+                self._decode(layer, segment.metadata, segment.shared, *given)
             elif segment.sparse:
                 self._sparse(layer, segment, query[rows], kv_cache, output[rows])
             else:
@@ -249,12 +270,14 @@ class SparseCudaImpl(TritonAttentionImpl):
             query, *self._caches(kv_cache), metadata.block_table, metadata.query_start_loc,
             metadata.seq_lens, scale=self.scale, longest_query=metadata.max_query_len,
             longest=metadata.max_seq_len, window=self.window, out=out.view_as(query),
+            sinks=self.sinks,
         )  # fmt: skip
 
     def _decode(
         self,
         layer,
         metadata: TritonAttentionMetadata,
+        shared: SharedPrefixes | None,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         out: torch.Tensor,
@@ -268,11 +291,12 @@ class SparseCudaImpl(TritonAttentionImpl):
             out=out.view_as(query),
             softmax=self._softmax(),
             phi=self.phi,
-            flagged=None if self.phi is None else self.runtime.flagged,
+            flagged=None if self.phi is None else self.counters.flagged,
             query_start_loc=metadata.query_start_loc,
             max_query_len=metadata.max_query_len,
             window=self.window,
             sinks=self.sinks,
+            shared=shared if self.window is None else None,
             workspace=self.workspace,
             **self._scales(layer),
         )
@@ -312,17 +336,41 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.counters.add(indices, segment.query_lens, segment.seq_lens)
 
     def _prepare(self, layer, device: torch.device) -> None:
-        """What a captured graph must find: patterns, phi, and room for decode."""
+        """What a captured graph must find: patterns, phi, and room for decode. The first time,
+        vLLM is measuring memory, which what is made here belongs to."""
+        if self.workspace is not None:
+            return
         check_scales(device, **self._scales(layer))
         self.workspace = shared_workspace(device)
         self.workspace.reserve(self.head_size, device)
         if self.window is None:
+            self.counters = shared_counters(device)
             self._find_patterns(layer.layer_name)
+
+    def settle(self, layer, page: int, device: torch.device) -> None:
+        """Compile and measure what depends on the tokens of a page, which vLLM settles for good
+        when it lays out the cache. It does so twice, first to try graphs: once is enough."""
+        self._prepare(layer, device)
+        if page == self.page:
+            return
+        self.page = page
+        has_sinks = self.sinks is not None
+        shape = (self.head_size, self.num_heads, self.num_kv_heads)
+        sinks = self.sinks.dtype if has_sinks else None
+        self.flash = flash_for(*shape, page, self.dtype, self.cache_dtype, sinks, device)
+        if not self.always_dense:
+            self.break_even = start(
+                self.config, dtype=self.dtype, cache_dtype=self.cache_dtype,
+                head_size=self.head_size, num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads, chunk=self.chunk, page=page, device=device,
+                dense=self.flash or triton_dense, has_sinks=has_sinks,
+                of_first_rank=of_first_rank,
+            )  # fmt: skip
         if device.type == "cuda":  # the interpreter has nothing to compile
             warm_up(
                 device, self.dtype, self.cache_dtype, self.num_heads, self.num_kv_heads,
-                self.head_size, self.page, self.longest, self.most_seqs, self._softmax(),
-                self.window, self.sinks is not None, self.most_rows,
+                self.head_size, page, self.longest, self.most_seqs, self._softmax(),
+                self.window, has_sinks, self.most_rows, self.members > 1,
             )  # fmt: skip
 
     def _softmax(self) -> Softmax:
@@ -332,10 +380,19 @@ class SparseCudaImpl(TritonAttentionImpl):
 
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)
+        if index >= self.layers:  # a draft's, which goes on counting after the target's layers
+            self.patterns = (ADAPTIVE,) * self.num_heads
+            return
         first_head = get_tensor_model_parallel_rank() * self.num_heads
-        self.patterns = self.runtime.patterns(index, first_head, self.num_heads)
-        phi = self.runtime.phi(index, first_head, self.num_heads)
-        self.phi = None if phi is None else phi.to(self.runtime.flagged.device)
+        self.patterns = self.heads.patterns(index, first_head, self.num_heads)
+        phi = self.heads.phi(index, first_head, self.num_heads)
+        self.phi = None if phi is None else phi.to(self.counters.flagged.device)
         self.always_dense = index in self.config.dense_layers or all(
             p.kind == "dense" for p in self.patterns
         )
+
+
+def of_first_rank(measure: Callable[[], BreakEven]) -> BreakEven:
+    """What `measure` finds on the first tensor-parallel rank, on all of them."""
+    group = get_tp_group()
+    return group.broadcast_object(measure() if group.rank_in_group == 0 else None)

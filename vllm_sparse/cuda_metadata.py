@@ -16,6 +16,9 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
+from .kernels.gpu.shared_prefix import Room, shared_prefixes
+from .kernels.shared_prefix import SharedPrefixes
+from .planner.device_break_even import NEVER_PAYS
 from .stats import STATS, Reporter
 
 logger = log.get_logger(__name__)
@@ -32,6 +35,7 @@ class GpuSegment:
     metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
     decodes: bool  # one row each, or one and the tokens speculated after it
     sparse: bool  # False: vLLM's own kernels attend
+    shared: SharedPrefixes | None = None  # what its sequences begin with together, if they decode
 
 
 @dataclass
@@ -39,10 +43,12 @@ class SparseCudaMetadata(TritonAttentionMetadata):
     """vLLM's, and how the step is cut where some of it is sparse (None: it is not cut).
 
     decodes: a step that is not cut is all decoding.
+    shared: what the sequences of such a step begin with together; None: it was not looked for.
     """
 
     segments: list[GpuSegment] | None = None
     decodes: bool = False
+    shared: SharedPrefixes | None = None
 
 
 class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -55,14 +61,18 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self.most_rows = decode_rows(vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         self.layers = [layers[name] for name in layer_names]
         impls = [layer.impl for layer in self.layers]
-        self.break_even = impls[0].break_even
-        # Layers with a window are vLLM's throughout.
-        self.all_dense = all(impl.always_dense for impl in impls)
+        for layer in self.layers:
+            layer.impl.settle(layer, kv_cache_spec.block_size, device)
+        # Layers with a window are vLLM's throughout, and have no break-even.
+        sparse = [impl for impl in impls if not impl.always_dense]
+        self.all_dense = not sparse
+        # Those of a group are of one shape.
+        self.break_even = sparse[0].break_even if sparse else NEVER_PAYS
         ours = [
             name
             for name, layer in layers.items()
@@ -70,8 +80,15 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         ]
         # Of several KV cache groups one counts the step.
         self.counts = bool(ours) and ours[0] in layer_names
-        counters = [impl.counters for impl in impls if impl.counters is not None]
+        counters = {impl.counters for impl in impls if impl.counters is not None}
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
+        self.page = kv_cache_spec.block_size
+        self.sharing = next(iter(counters)).sharing if self.counts and counters else None
+        self.room = None
+        if (members := max(impl.members for impl in impls)) > 1:
+            graphs = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+            most = max(vllm_config.scheduler_config.max_num_seqs, *graphs)
+            self.room = Room(most, members, device)
 
     def build(
         self,
@@ -101,7 +118,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if not self.all_dense and common.max_query_len > 1:
             seq_lens = host_lengths(common)[:num_seqs]
             sparse = [
-                n > 1 and prompts[i] and seq_lens[i] >= self.break_even
+                n > 1 and prompts[i] and self.break_even.pays(n, seq_lens[i])
                 for i, n in enumerate(query_lens)
             ]
         decodes = [
@@ -110,7 +127,8 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if self.counts:
             self._count(query_lens, sparse, decodes)
         if not any(sparse):
-            return SparseCudaMetadata(**fields, decodes=all(decodes))
+            shared = self._shared(whole, self.room) if all(decodes) else None
+            return SparseCudaMetadata(**fields, decodes=all(decodes), shared=shared)
         kinds = list(zip(sparse, decodes, strict=True))
         cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
         segments = [
@@ -129,6 +147,18 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             replace(common_attn_metadata, is_prefilling=decoding)
         )
 
+    def _shared(
+        self, metadata: TritonAttentionMetadata, into: Room | None = None
+    ) -> SharedPrefixes | None:
+        """What the sequences of a batch that decodes begin with together, padding included. `into`:
+        where a captured graph looks for it."""
+        if self.room is None or len(metadata.seq_lens) < 2:
+            return None
+        return shared_prefixes(
+            metadata.block_table, metadata.query_start_loc, metadata.seq_lens, page=self.page,
+            members=self.room.members, into=into, sharing=self.sharing,
+        )  # fmt: skip
+
     def _segment(
         self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes
     ) -> GpuSegment:
@@ -137,14 +167,22 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         part = replace(
             whole,
             num_actual_tokens=end - begin,
-            max_query_len=max(query_lens[first:last]),
+            max_query_len=self._most_rows_of(query_lens[first:last], decodes),
             query_start_loc=whole.query_start_loc[first : last + 1] - begin,
             max_seq_len=max(lengths),
             seq_lens=whole.seq_lens[first:last],
             block_table=whole.block_table[first:last],
             slot_mapping=whole.slot_mapping[begin:end],
         )
-        return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+        shared = self._shared(part) if decodes else None
+        lens = query_lens[first:last]
+        return GpuSegment(begin, end, lens, lengths, part, decodes, sparse, shared)
+
+    def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
+        """Most rows of a sequence of a segment, on the device as well: with adaptive verification
+        vLLM only says there how speculated tokens are spread over sequences."""
+        most = max(query_lens)
+        return self.most_rows if decodes and most > 1 else most
 
     def _count(self, query_lens: list[int], sparse: list[bool], decodes: list[bool]) -> None:
         chunks = [n for n, decode in zip(query_lens, decodes, strict=True) if not decode]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from .kernels.block_indices import BLOCK, TILE
 from .kernels.gpu.launch import check_fp8
 from .kernels.paged_cache import FP8
 from .planner import device_break_even
-from .runtime import Model, Runtime, count_flagged, fit_patterns, fit_phi, say_active
+from .planner.device import forget
+from .planner.device_break_even import BreakEven
+from .runtime import count_flagged, say_active
 from .stats import STATS
 
 logger = log.get_logger(__name__)
@@ -46,6 +47,7 @@ class Counters:
         self.on_gpu = device.type == "cuda"
         self.read = torch.zeros((), dtype=torch.int64, device=device)
         self.flagged = torch.zeros(1, dtype=torch.int64, device=device)
+        self.sharing = torch.zeros(1, dtype=torch.int64, device=device)
         self.causal = 0
         self.timers: list[tuple[Any, Any, Any]] = []
 
@@ -79,6 +81,8 @@ class Counters:
         STATS.keys_read += int(self.read)
         self.read.zero_()
         count_flagged(self.flagged)
+        STATS.shared_rows += int(self.sharing)
+        self.sharing.zero_()
         STATS.keys_causal += self.causal
         self.causal = 0
         for begin, planned, end in self.timers:
@@ -88,15 +92,16 @@ class Counters:
         self.timers.clear()
 
 
-@dataclass(frozen=True)
-class GpuRuntime(Runtime):
-    counters: Counters = field(kw_only=True)
+@functools.cache
+def shared_counters(device: torch.device) -> Counters:
+    """The counters of all layers of a process."""
+    with torch.inference_mode(False):  # or else only steps could change them
+        return Counters(device)
 
 
 @functools.cache
 def start(
     config: SparseConfig,
-    model: Model,
     *,
     dtype: torch.dtype,
     head_size: int,
@@ -105,40 +110,44 @@ def start(
     chunk: int,
     page: int,
     dense: device_break_even.Dense,
+    device: torch.device,
     cache_dtype: torch.dtype | None = None,
     has_sinks: bool = False,
-    device: torch.device | None = None,
-) -> GpuRuntime:
-    """The GpuRuntime for layers of one shape; heads are this rank's, `chunk` is the most tokens of
+    of_first_rank: Callable[[Callable[[], BreakEven]], BreakEven] = lambda measure: measure(),
+) -> BreakEven:
+    """The break-even of layers of one shape; heads are this rank's, `chunk` is the most tokens of
     a step, `dense` is what runs below the break-even, `cache_dtype` what the cache holds (None:
     dtype). Compiles what serving will launch, and logs the start-up line.
 
+    Nothing that it makes on the device outlives it: vLLM may free or empty, when it sleeps, the
+    memory pool that it starts in.
+
+    Args:
+        of_first_rank: calls what it is given on the first tensor-parallel rank, and returns its
+            result on all: ranks that went different ways would wait for each other in each layer.
+
     Raises:
-        ValueError: settings that do not fit the model, or an FP8 cache on a GPU that has none.
+        ValueError: an FP8 cache on a GPU that has none.
     """
-    device = device or torch.device("cuda", torch.cuda.current_device())
     if cache_dtype == FP8:
         check_fp8(device)
-    pattern_file = fit_patterns(config, model)
-    fit_phi(config, model, pattern_file)
     shape = (dtype, head_size, num_heads, num_kv_heads)
     device_break_even.warm_up(
         *shape, page=page, device=device, mean_correction=config.mean_correction,
         cache_dtype=cache_dtype, sinks=has_sinks,
     )  # fmt: skip
-    break_even, source = config.break_even, "given"
-    if break_even is None:
-        break_even = device_break_even.break_even(
-            *shape, chunk, page, device, dense, cache_dtype=cache_dtype
-        )
+    if config.break_even is not None:
+        found, source = BreakEven.given(config.break_even), "given"
+    else:
+
+        def of_rows(rows: int) -> int:
+            where = (rows, page, device, dense)
+            return device_break_even.break_even(*shape, *where, cache_dtype=cache_dtype)
+
+        found = of_first_rank(lambda: device_break_even.break_evens(chunk, of_rows))
         source = "measured"
+        logger.info("Break-even of chunks by rows: %s", found.line())
+    forget()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "Triton's interpreter"
-    say_active(logger, config, break_even, source, f"Triton on {name}")
-    counters = Counters(device)
-    return GpuRuntime(
-        break_even,
-        pattern_file,
-        unified=config.softmax == "unified",
-        flagged=counters.flagged,
-        counters=counters,
-    )
+    say_active(logger, config, found.tokens, source, f"Triton on {name}")
+    return found

@@ -250,8 +250,8 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)
         first_head = get_tensor_model_parallel_rank() * self.num_heads
-        self.patterns = self.runtime.patterns(index, first_head, self.num_heads)
-        self.phi = self.runtime.phi(index, first_head, self.num_heads)
+        self.patterns = self.runtime.heads.patterns(index, first_head, self.num_heads)
+        self.phi = self.runtime.heads.phi(index, first_head, self.num_heads)
         self.always_dense = index in self.config.dense_layers or all(
             p.kind == "dense" for p in self.patterns
         )

@@ -48,12 +48,19 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Runtime:
-    break_even: int  # tokens of context below which a chunk's prefill is dense
-    pattern_file: PatternFile | None
+class HeadSettings:
+    """What the settings say of the query heads of each layer."""
+
+    pattern_file: PatternFile | None = None
     unified: bool = False  # whether decode joins its softmaxes by the phi of the pattern file
-    # int64 [1], what the decode kernels count: rows that left the window of phi.
-    flagged: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
+
+    @classmethod
+    @functools.cache
+    def of(cls, config: SparseConfig, model: Model) -> HeadSettings:
+        """Raises ValueError for settings that do not fit the model."""
+        pattern_file = fit_patterns(config, model)
+        fit_phi(config, model, pattern_file)
+        return cls(pattern_file, unified=config.softmax == "unified")
 
     def patterns(self, layer: int, first_head: int, heads: int) -> tuple[HeadPattern, ...]:
         """The patterns of this rank's query heads of a layer."""
@@ -68,6 +75,14 @@ class Runtime:
         assert self.pattern_file is not None
         values = self.pattern_file.phi[layer][first_head : first_head + heads]
         return torch.tensor(values, dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    heads: HeadSettings
+    break_even: int  # tokens of context below which a chunk's prefill is dense
+    # int64 [1], what the decode kernels count: rows that left the window of phi.
+    flagged: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int64))
 
 
 @functools.cache
@@ -87,8 +102,7 @@ def start(
     Raises:
         ValueError: settings that do not fit the model.
     """
-    pattern_file = fit_patterns(config, model)
-    fit_phi(config, model, pattern_file)
+    heads = HeadSettings.of(config, model)
     threads = _size_pool()
     break_even, source = config.break_even, "given"
     if break_even is None:
@@ -98,7 +112,7 @@ def start(
         source = "measured"
     kernels = f"{cpu.isa()} x {threads} thread{'' if threads == 1 else 's'}"
     say_active(logger, config, break_even, source, kernels)
-    return Runtime(break_even, pattern_file, unified=config.softmax == "unified")
+    return Runtime(heads=heads, break_even=break_even)
 
 
 def say_active(

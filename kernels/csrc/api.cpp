@@ -173,10 +173,11 @@ VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
   }
 }
 
-// 0 on success, 1 when memory ran out.
+// 0 on success, 1 when memory ran out, 2 where the shared keys are not this batch's.
 VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
   try {
     const Decode& a = *args;
+    if (!shared_keys_fit(a)) return 2;
     const Kernels* k = kernels();
     const Shape& shape = a.shape;
     const int64_t threads = num_threads();

@@ -10,6 +10,30 @@ namespace vllm_sparse {
 
 constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
 
+// Whether what is said of shared keys is of this batch: each sequence in one tile at most, and with
+// the keys of that tile, as many as it has or fewer.
+inline bool shared_keys_fit(const Decode& a) {
+  if (a.num_tiles == 0) return true;
+  if (a.most_members > kMostTogether) return false;
+  int64_t sharing = 0, members = 0;
+  for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
+    if (a.shared_keys[s] < 0 || a.shared_keys[s] > a.seq_lens[s]) return false;
+    sharing += a.shared_keys[s] > 0;
+  }
+  for (int64_t z = 0; z < a.num_tiles; ++z) {
+    if (a.tile_keys[z] <= 0) continue;
+    int64_t before = -1;  // members ascend: none is in a tile twice
+    for (int64_t i = 0; i < a.most_members; ++i) {
+      const int64_t s = a.members[z * a.most_members + i];
+      if (s < 0) break;
+      if (s <= before || s >= a.shape.num_seqs || a.shared_keys[s] != a.tile_keys[z]) return false;
+      before = s;
+      ++members;
+    }
+  }
+  return members == sharing;
+}
+
 // Ranges of up to `split` keys of each (sequence, KV head). The keys that a tile of sequences
 // shares are cut apart from the rest: a piece has such a range of all of them.
 class DecodeWork {

@@ -127,7 +127,8 @@ def index_lists_of(
             row0 += count
         if not fill:
             offsets = offsets.cumsum(1, dtype=torch.int32)
-    ends = torch.tensor(tiles or [mask.shape[0] for mask, _, _ in parts]).cumsum(0)
+    tiles = tiles or [mask.shape[0] for mask, _, _ in parts]
+    ends = torch.tensor(tiles, device="cpu").cumsum(0)
     tile_offsets = torch.nn.functional.pad(ends, (1, 0)).int()
     return BlockIndices(
         heads, upload(tile_offsets, first.device), offsets[0], lists[0], offsets[1], lists[1]

@@ -166,15 +166,11 @@ def paged_decode(
     """
     out = check(q, k_cache, v_cache, out, None, scale)
     scales = launch.scales(q.device, k_scale, v_scale)
-    softmax_modes.check(softmax, phi, q.shape[1])
+    softmax_modes.check(softmax, phi, flagged, q.shape[1])
     if window is not None and window < 1:
         raise ValueError(f"window: got {window}; give 1 or more keys, or None for all")
     if shared is not None and window is not None:
         raise ValueError("shared: a prefix is shared only where there is no window; leave one out")
-    if flagged is not None and (flagged.dtype != torch.int64 or flagged.numel() != 1):
-        raise ValueError(
-            f"flagged: got {flagged.numel()} entries of {flagged.dtype}; give one int64"
-        )
     seqs, device = seq_lens.numel(), q.device
     if query_start_loc is None:
         query_start_loc = torch.arange(seqs + 1, dtype=torch.int32, device=device)

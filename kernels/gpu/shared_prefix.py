@@ -22,6 +22,7 @@ def _shared_prefixes(
     keys_of,  # i32 [S]
     tile_keys,  # i32 [Z]
     members,  # i32 [Z, M]
+    sharing,  # i64 [1], sequences of tiles are added to it; None: not counted
     block_table,  # i32 [S, pages]
     query_start_loc,  # i32 [S + 1]
     seq_lens,  # i32 [S]
@@ -106,6 +107,8 @@ def _shared_prefixes(
             going = (step == PAGES).to(tl.int32)
         keys = alike * PAGE // KEYS * KEYS
         keys = tl.where(keys >= fewest, keys, 0)
+        if sharing is not None:
+            tl.atomic_add(sharing, tl.where(keys > 0, count, 0).to(tl.int64))
         tl.store(keys_of + who, tl.zeros([MEMBERS], tl.int32) + keys, mask=valid)
         if place < num_tiles:
             tl.store(tile_keys + place, keys)
@@ -141,12 +144,14 @@ def shared_prefixes(
     members: int,
     fewest: int = FEWEST,
     into: Room | None = None,
+    sharing: torch.Tensor | None = None,
 ) -> SharedPrefixes:
     """See `..shared_prefix.shared_prefixes`; found on the device, once for all layers of a step.
 
     Args:
         members: most sequences of a tile, a power of two: `paged_decode.members_of`.
         into: room that was made with these `members`; None: new.
+        sharing: int64 [1]; the sequences that share are added to it.
     """
     seqs = seq_lens.numel()
     at = page_compared(fewest, page)
@@ -156,8 +161,8 @@ def shared_prefixes(
         found.keys.zero_()
         return found
     _shared_prefixes[(seqs,)](
-        found.keys, found.tile_keys, found.members, block_table, query_start_loc, seq_lens, seqs,
-        found.tile_keys.numel(), at, fewest, block_table.stride(0),
+        found.keys, found.tile_keys, found.members, sharing, block_table, query_start_loc,
+        seq_lens, seqs, found.tile_keys.numel(), at, fewest, block_table.stride(0),
         **constants(seqs, found.members.shape[1], page), **launch.options(4, 1),
     )  # fmt: skip
     return found
@@ -175,9 +180,9 @@ def constants(seqs: int, members: int, page: int) -> dict[str, int]:
 
 
 SIGNATURE = {
-    "keys_of": "*i32", "tile_keys": "*i32", "members": "*i32", "block_table": "*i32",
-    "query_start_loc": "*i32", "seq_lens": "*i32", "num_seqs": "i32", "num_tiles": "i32",
-    "page_at": "i32", "fewest": "i32", "table_row": "i32",
+    "keys_of": "*i32", "tile_keys": "*i32", "members": "*i32", "sharing": "*i64",
+    "block_table": "*i32", "query_start_loc": "*i32", "seq_lens": "*i32", "num_seqs": "i32",
+    "num_tiles": "i32", "page_at": "i32", "fewest": "i32", "table_row": "i32",
 }  # fmt: skip
 
 

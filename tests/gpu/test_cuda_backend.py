@@ -3,143 +3,24 @@ in for vLLM's own, which does not run without a GPU."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import functools
 
 import pytest
 import torch
+from cuda_layer import HEADS, KV_HEADS, SIZE, Layer
 from gpu_cases import HAS_GPU
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from vllm_sparse import cuda_impl, cuda_metadata, cuda_runtime
 from vllm_sparse.cuda_dense import Flash
 from vllm_sparse.kernels import reference
+from vllm_sparse.kernels.gpu.shared_prefix import shared_prefixes
 from vllm_sparse.patterns import PatternFile
 from vllm_sparse.stats import STATS
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="stands in for a GPU; here is one")
-
-NAME = "model.layers.0.self_attn.attn"
-HEADS, KV_HEADS, SIZE, PAGE, PAGES = 2, 1, 64, 16, 120
-
-
-class Layer:
-    """One layer of the CUDA backend on the CPU, step by step."""
-
-    def __init__(
-        self,
-        model: str,
-        monkeypatch,
-        *,
-        kv_cache_dtype: str = "auto",
-        speculated: int = 0,
-        **settings,
-    ) -> None:
-        self.config = EngineArgs(
-            model=model, skip_tokenizer_init=True, dtype="float16", block_size=PAGE,
-            max_num_batched_tokens=4096, additional_config={"sparse": settings},
-        ).create_engine_config()  # fmt: skip
-        if speculated:
-            self.config.speculative_config = SimpleNamespace(num_speculative_tokens=speculated)
-        self.calls: list[tuple[int, int]] = []  # (rows, sequences) of each call of vLLM's own
-        # Functions, as a bound method would not be given the impl.
-        monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *a: self._dense(*a))
-        monkeypatch.setattr(TritonAttentionImpl, "do_kv_cache_update", lambda *a: self._write(*a))
-        cuda_runtime.start.cache_clear()
-        monkeypatch.setattr(
-            cuda_impl, "start",
-            lambda *a, **k: cuda_runtime.start(*a, **k, device=torch.device("cpu")),
-        )  # fmt: skip
-        self.warm_ups: list[dict] = []
-        monkeypatch.setattr(
-            cuda_runtime.device_break_even, "warm_up", lambda *a, **k: self.warm_ups.append(k)
-        )
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float16)
-        try:
-            with set_current_vllm_config(self.config):
-                self.impl = cuda_impl.SparseCudaImpl(
-                    HEADS, SIZE, SIZE**-0.5, KV_HEADS, kv_cache_dtype=kv_cache_dtype
-                )
-                layers = {NAME: SimpleNamespace(impl=self.impl)}
-                monkeypatch.setattr(
-                    cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers
-                )
-                spec = FullAttentionSpec(
-                    block_size=PAGE, num_kv_heads=KV_HEADS, head_size=SIZE, dtype=torch.float16
-                )
-                self.builder = cuda_metadata.SparseCudaMetadataBuilder(
-                    spec, [NAME], self.config, torch.device("cpu")
-                )
-        finally:
-            torch.set_default_dtype(before)
-        monkeypatch.setattr(cuda_impl, "get_tensor_model_parallel_rank", lambda: 0)
-        shape = (PAGES, KV_HEADS, PAGE, 2 * SIZE)
-        self.cache = torch.full(shape, torch.nan, dtype=torch.float16)
-        self.layer = SimpleNamespace(layer_name=NAME)
-        self.scales: dict[str, torch.Tensor] = {}
-        if kv_cache_dtype != "auto":
-            # Bytes, as vLLM has them; these are NaN.
-            self.cache = torch.full(shape, 0x7F, dtype=torch.uint8)
-            self.layer._k_scale, self.layer._v_scale = torch.tensor(0.03), torch.tensor(0.5)
-            self.scales = {"k_scale": self.layer._k_scale, "v_scale": self.layer._v_scale}
-
-    def caches(self, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = cache.view(torch.float8_e4m3fn) if cache.dtype == torch.uint8 else cache
-        return cache[..., :SIZE], cache[..., SIZE:]
-
-    def want(self, query, table, starts, total, out=None) -> torch.Tensor:
-        given = (query, *self.caches(self.cache), table, starts, total, None)
-        return reference.sparse_prefill(*given, scale=SIZE**-0.5, out=out, **self.scales)[0]
-
-    def _dense(self, impl, layer, query, key, value, cache, metadata, output, *scales):
-        m = metadata
-        rows = slice(0, m.num_actual_tokens)
-        self.calls.append((m.num_actual_tokens, len(m.seq_lens)))
-        assert m.max_query_len == int((m.query_start_loc[1:] - m.query_start_loc[:-1]).max())
-        assert cache is self.cache and layer is self.layer
-        self.want(query[rows], m.block_table, m.query_start_loc, m.seq_lens, output[rows])
-        return output
-
-    def _write(self, impl, layer, key, value, cache, slots):
-        assert layer is self.layer
-        reference.write_kv(key, value, *self.caches(cache), slots, **self.scales)
-
-    def step(self, rows: list[tuple[int, int]], prompts=None, seed: int = 0):
-        """(computed, new) tokens of each sequence, whose pages follow each other."""
-        generator = torch.Generator().manual_seed(seed)
-        new = [n for _, n in rows]
-        total = torch.tensor([a + b for a, b in rows], dtype=torch.int32)
-        starts = torch.tensor([0, *new]).cumsum(0).int()
-        each = PAGES // len(rows)
-        table = torch.arange(each * len(rows), dtype=torch.int32).view(len(rows), each)
-        slots = torch.cat(
-            [i * each * PAGE + torch.arange(a, a + n) for i, (a, n) in enumerate(rows)]
-        )
-        for i, (computed, _) in enumerate(rows):
-            old = torch.randn(computed, 1, 2 * SIZE, generator=generator).half()
-            before = i * each * PAGE + torch.arange(computed)
-            reference.write_kv(*old.chunk(2, -1), *self.caches(self.cache), before, **self.scales)
-            self.impl.prepare(self.cache)
-            if self.impl.sums is not None:
-                self.impl.sums.update(self.caches(self.cache)[0], before)
-        tokens = sum(new)
-        query = torch.randn(tokens + 3, HEADS, SIZE, generator=generator).half()
-        key, value = torch.randn(2, tokens, KV_HEADS, SIZE, generator=generator).half()
-        common = CommonAttentionMetadata(
-            query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=total,
-            num_reqs=len(rows), num_actual_tokens=tokens, max_query_len=max(new),
-            max_seq_len=int(total.max()), block_table_tensor=table, slot_mapping=slots,
-            is_prefilling=torch.tensor([n > 1 for n in new] if prompts is None else prompts),
-        )  # fmt: skip
-        metadata = self.builder.build(0, common)
-        out = torch.full_like(query, torch.nan)
-        self.impl.do_kv_cache_update(self.layer, key, value, self.cache, slots)
-        self.impl.forward(self.layer, query, key, value, self.cache, metadata, out)
-        return out[:tokens], self.want(query[:tokens], table, starts, total), metadata
 
 
 @pytest.fixture
@@ -184,7 +65,8 @@ def test_a_long_chunk_is_planned_and_read_sparsely(layer, cache):
 def test_dense_chunks_go_to_flash_attention_where_vllm_has_it(layer, monkeypatch):
     calls = []
 
-    def attend(self, q, *where, out, **given):
+    def attend(self, q, *where, out, sinks, **given):
+        assert sinks is None
         calls.append((len(q), given["longest_query"], given["longest"], given["window"]))
         reference.sparse_prefill(q, *where, None, scale=given["scale"], out=out)
 
@@ -239,6 +121,52 @@ def test_speculated_tokens_are_ours(layer):
     assert metadata.segments is None and metadata.decodes and made.calls == [(3, 1)]
 
 
+@pytest.fixture
+def short_prefixes(monkeypatch):
+    monkeypatch.setattr(
+        cuda_metadata, "shared_prefixes", functools.partial(shared_prefixes, fewest=64)
+    )
+
+
+@pytest.mark.parametrize("setting", [None, True])
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_decode_reads_a_shared_prefix_once_where_it_is_asked_to(
+    layer, cache, setting, short_prefixes
+):
+    made = layer(break_even=0, shared_prefix=setting, kv_cache_dtype=cache)
+    out, want, metadata = made.step([(300, 1), (250, 1), (270, 1)], shared=10)
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+    if setting is None:
+        assert metadata.shared is None
+        return
+    assert metadata.shared.keys.tolist() == [128] * 3
+    before = STATS.shared_rows
+    made.impl.counters.settle()
+    assert STATS.shared_rows - before == 3
+    # At the same address in every step: captured graphs look there.
+    at = metadata.shared.members.data_ptr()
+    _, _, metadata = made.step([(300, 1), (250, 1), (270, 1)])
+    assert metadata.shared.members.data_ptr() == at
+    assert not metadata.shared.keys.any()
+
+
+def test_the_decodes_of_a_mixed_step_share_among_themselves(layer, short_prefixes):
+    made = layer(break_even=64, shared_prefix=True)
+    out, want, metadata = made.step([(300, 1), (250, 1), (180, 100)], shared=10)
+    torch.testing.assert_close(out[:2], want[:2], atol=2e-3, rtol=2e-3)
+    assert [s.decodes for s in metadata.segments] == [True, False]
+    assert metadata.segments[0].shared.keys.tolist() == [128] * 2
+    assert metadata.segments[1].shared is None
+
+
+def test_speculated_tokens_share_a_prefix(layer, short_prefixes):
+    made = layer(break_even=0, shared_prefix=True, speculated=3)
+    rows = [(300, 4), (250, 2), (270, 1)]
+    out, want, metadata = made.step(rows, prompts=[False] * 3, shared=10)
+    torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
+    assert metadata.shared.keys.tolist() == [128] * 3
+
+
 def test_a_graph_is_captured_of_decoding_alone(layer):
     """A made-up batch of the longest contexts must not be planned, whatever vLLM says of it."""
     made = layer(break_even=0, speculated=2)
@@ -291,8 +219,9 @@ def test_the_builder_makes_room_for_sums_before_the_first_write(layer):
 def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
     made = layer(break_even=0)
     before = STATS.fallbacks.get("means_from_keys", 0)
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
+    cache = torch.zeros(4, KV_HEADS, 48, 2 * SIZE)
+    made.impl.prepare(cache)
+    made.impl.prepare(cache)
     assert made.impl.sums is None
     assert STATS.fallbacks["means_from_keys"] == before + 1
 
@@ -338,8 +267,9 @@ def test_queries_stay_in_the_models_dtype_and_fp8_scales_of_heads_are_refused(la
     made = layer(break_even=0, kv_cache_dtype="fp8")
     assert made.impl.supports_quant_query_input is False
     made.layer._k_scale = torch.ones(KV_HEADS + 1)
+    made.impl.workspace = made.impl.page = None  # as if it were new
     with pytest.raises(ValueError, match="k_scale: got 2 entries"):
-        made.step([(0, 5)])
+        made.build()
 
 
 def test_what_is_measured_and_compiled_at_start_has_the_caches_dtype(layer, monkeypatch):
@@ -350,6 +280,6 @@ def test_what_is_measured_and_compiled_at_start_has_the_caches_dtype(layer, monk
     )  # fmt: skip
     for cache, dtype in (("auto", torch.float16), ("fp8", torch.float8_e4m3fn)):
         made = layer(kv_cache_dtype=cache)
-        assert made.impl.break_even == 4096 and seen.pop() == dtype
+        assert made.impl.break_even.tokens == 4096 and seen.pop() == dtype
         compiled = made.warm_ups[-1]
         assert compiled["cache_dtype"] == dtype

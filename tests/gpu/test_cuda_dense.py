@@ -22,10 +22,13 @@ CPU = torch.device("cpu")
 
 def flash_attn(
     *, q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, causal,
-    window_size, block_table, fa_version,
+    window_size, block_table, fa_version, s_aux=None,
 ):  # fmt: skip
     """What FlashAttention of a version would write; refuses what it would."""
     assert causal and fa_version in (2, 3)
+    if s_aux is not None:
+        assert fa_version == 3 and s_aux.dtype == torch.bfloat16
+        s_aux = s_aux.float()
     assert max_seqlen_q >= int((cu_seqlens_q[1:] - cu_seqlens_q[:-1]).max())
     assert max_seqlen_k >= int(seqused_k.max())
     left, right = window_size
@@ -34,7 +37,7 @@ def flash_attn(
         assert all(s % 8 == 0 for s in x.stride()[:-1]) and x.stride(-1) == 1
     caches = (k.transpose(1, 2), v.transpose(1, 2))
     where = (q, *caches, block_table, cu_seqlens_q, seqused_k, None)
-    got = reference.sparse_prefill(*where, scale=softmax_scale)[0]
+    got = reference.sparse_prefill(*where, scale=softmax_scale, sinks=s_aux)[0]
     if left >= 0:
         got = windowed(where, softmax_scale, left)
     out.copy_(got)
@@ -80,15 +83,18 @@ def test_it_attends_as_the_reference_does(kv_heads, window):
 def ask(monkeypatch):
     """flash_for where FlashAttention is the stand-in, and Triton's kernel the reference."""
 
-    def run(function=flash_attn, **changes):
+    def run(function=flash_attn, version=3, **changes):
         flash_for.cache_clear()
-        monkeypatch.setattr(compat, "flash_attention", lambda size: (function, 3))
+        monkeypatch.setattr(compat, "flash_attention", lambda size, has_sinks: (function, version))
         monkeypatch.setattr(
-            cuda_dense, "triton_dense", lambda *a, **k: reference.sparse_prefill(*a, **k)[0]
-        )
+            cuda_dense, "triton_dense",
+            lambda *a, sinks, **k: reference.sparse_prefill(
+                *a, sinks=None if sinks is None else sinks.float(), **k
+            )[0],
+        )  # fmt: skip
         given = dict(
             head_size=64, heads=4, kv_heads=2, page=16, dtype=torch.float32,
-            cache_dtype=torch.float32, has_sinks=False, device=CPU,
+            cache_dtype=torch.float32, sinks=None, device=CPU,
         )  # fmt: skip
         return flash_for(**(given | changes))
 
@@ -101,11 +107,32 @@ def test_it_is_taken_where_it_agrees_with_triton(ask):
     assert ask().__name__ == "FlashAttention 3"
 
 
-@pytest.mark.parametrize(
-    "changes", [{"has_sinks": True}, {"cache_dtype": torch.float8_e4m3fn}], ids=str
-)
-def test_sinks_and_fp8_stay_with_triton(ask, changes):
-    assert ask(**changes) is None
+def test_sinks_are_given_as_vllm_has_them(ask):
+    assert ask(sinks=torch.bfloat16) == Flash(flash_attn, 3)
+    before = STATS.fallbacks.get("flash_attention", 0)
+    assert ask(sinks=torch.float32) is None  # the kernel's own check
+    assert STATS.fallbacks["flash_attention"] == before + 1
+
+
+def test_sinks_count_beside_the_keys():
+    case = make_case([5, 70], [90, 200], heads=4, kv_heads=2, dtype=torch.float32)
+    sinks = torch.tensor([3.0, -2.0, 0.5, 1.0], dtype=torch.bfloat16)
+    out = torch.full_like(case.q, torch.nan)
+    where = (case.q, case.k_cache, case.v_cache, case.block_table, case.query_start_loc)
+    Flash(flash_attn, 3).attend(
+        *where, case.seq_lens, scale=case.scale, longest_query=70, longest=200, window=None,
+        out=out, sinks=sinks,
+    )  # fmt: skip
+    given = dict(scale=case.scale, sinks=sinks.float())
+    want = reference.sparse_prefill(*where, case.seq_lens, None, **given)[0]
+    torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("version, counted", [(3, 1), (2, 0)])
+def test_fp8_stays_with_triton_and_is_told_where_vllm_has_better(ask, version, counted):
+    before = STATS.fallbacks.get("fp8_dense", 0)
+    assert ask(version=version, cache_dtype=torch.float8_e4m3fn) is None
+    assert STATS.fallbacks.get("fp8_dense", 0) == before + counted
 
 
 def wrong(**given) -> None:
@@ -145,6 +172,11 @@ def test_vllms_choice_is_asked(monkeypatch):
         )  # fmt: skip
         monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda head_size, v=version: v)
         assert compat.flash_attention(128) == want
+        # With sinks vLLM takes version 3 alone.
+        monkeypatch.setattr(
+            fa_utils, "get_flash_attn_version", lambda head_size, has_sinks, v=version: v
+        )
+        assert compat.flash_attention(128, has_sinks=True) == (want if version == 3 else None)
 
 
 def test_a_flash_is_hashable():

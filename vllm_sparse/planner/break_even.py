@@ -148,13 +148,16 @@ def problem(
     Three heads of four rest on a sink and on near tokens, as most heads of a trained model do.
     The fourth attends keys all over the place: it is planned in vain, which the others must pay.
     """
+    # The device and the types are spelled out: torch's defaults may be a GPU and a model's type.
+    on_cpu = {"device": "cpu"}
     rng = torch.Generator().manual_seed(length)
     pages = -(-length // page)
-    position = torch.arange(pages * page, dtype=torch.float64)[:, None]
+    position = torch.arange(pages * page, dtype=torch.float64, **on_cpu)[:, None]
     # Pairs that turn once in 8 to 8192 tokens give a logit that falls by 3 for each doubling of
     # the distance; the last pair of dimensions is left to the sink.
     pairs = head_size // 2 - 1
-    angle = position / 8 * 1024 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    turns = torch.arange(pairs, dtype=torch.float64, **on_cpu) / pairs
+    angle = position / 8 * 1024**-turns
     turned = torch.cat([angle.cos(), angle.sin()], 1).float()
     turned = torch.nn.functional.pad(turned, (0, head_size - 2 * pairs))
     scale = head_size**-0.5
@@ -165,18 +168,19 @@ def problem(
     query[:, -1] = 30 / scale
     q = query[:, None].repeat(1, heads, 1)
     scattered = q[:, 3::4]
-    scattered.copy_(torch.randn(scattered.shape, generator=rng, dtype=torch.float32) * 4)
+    noise = {"generator": rng, "dtype": torch.float32, **on_cpu}
+    scattered.copy_(torch.randn(scattered.shape, **noise) * 4)
     q = q.to(dtype)
     k_cache = keys.view(pages, 1, page, head_size).expand(-1, kv_heads, -1, -1)
     k_cache = k_cache.to(dtype).contiguous()
-    v_cache = torch.randn(k_cache.shape, generator=rng).to(dtype)
+    v_cache = torch.randn(k_cache.shape, **noise).to(dtype)
     return (
         q,
         k_cache,
         v_cache,
-        torch.arange(pages, dtype=torch.int32)[None],
-        torch.tensor([0, len(q)], dtype=torch.int32),
-        torch.tensor([length], dtype=torch.int32),
+        torch.arange(pages, dtype=torch.int32, **on_cpu)[None],
+        torch.tensor([0, len(q)], dtype=torch.int32, **on_cpu),
+        torch.tensor([length], dtype=torch.int32, **on_cpu),
     )
 
 

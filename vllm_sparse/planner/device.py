@@ -28,7 +28,7 @@ from vllm_sparse.kernels.gpu.last_union import LastRows
 from vllm_sparse.kernels.gpu.line_sums import line_sums
 from vllm_sparse.kernels.gpu.row_scores import row_scores
 from vllm_sparse.kernels.gpu.search_columns import search_columns
-from vllm_sparse.kernels.gpu.search_threshold import search_threshold
+from vllm_sparse.kernels.gpu.search_threshold import limits, search_threshold
 from vllm_sparse.kernels.gpu.search_window import search_window
 from vllm_sparse.kernels.gpu.sort_columns import sort_columns
 from vllm_sparse.patterns import HeadPattern
@@ -119,7 +119,7 @@ def plan_on_device(
 @functools.lru_cache(maxsize=512)
 def _on_device(values: tuple, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """A constant of the host; made once, as all layers and steps ask for the same few."""
-    return upload(torch.tensor(values, dtype=dtype), device)
+    return upload(torch.tensor(values, dtype=dtype, device="cpu"), device)
 
 
 @functools.lru_cache(maxsize=512)
@@ -294,6 +294,15 @@ def _rows_of_body(query_len: int, seq_len: int, count: int, device: torch.device
 @functools.lru_cache(maxsize=32)
 def _rows_at_end(query_len: int, seq_len: int, device: torch.device) -> Rows:
     return _moved(rows_at_end(chunk_of(query_len, seq_len, torch.device("cpu"))), device)
+
+
+def forget() -> None:
+    """Drop every tensor that is kept from plan to plan; the next plan makes what it needs anew."""
+    for kept in (
+        _on_device, _request, _rows_of_body, _rows_at_end, rows_of_body, rows_at_end, chunk_of,
+        limits,
+    ):  # fmt: skip
+        kept.cache_clear()
 
 
 def _moved(rows: Rows, device: torch.device) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from vllm_sparse.kernels.paged_cache import FP8
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
 
 from .adaptive import PROBE_FROM
-from .break_even import WORTH, cache_file, problem, settled
+from .break_even import NEVER, WORTH, cache_file, problem, settled
 from .device import plan_on_device
 
 Dense = Callable[..., object]
@@ -22,8 +23,54 @@ Dense = Callable[..., object]
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
 # Tokens: more than a plan takes for short, and so many that it probes with rows of their own.
 WARM_UP = (1024, PROBE_FROM + 1)
+# What planning reads follows from the keys, and dense attention's work from rows x keys: both grow
+# alike with the context, and no length makes up for few rows. So fewer rows are measured as well.
+FEWEST_ROWS = 256
 # Fixed budgets ask kernels of their own.
 FIXED = HeadPattern(kind="vertical_slash", vertical=1, slash=1)
+
+
+@dataclass(frozen=True)
+class BreakEven:
+    """From which context on sparse prefill is worth it, by the rows of a chunk.
+
+    steps: (rows, tokens), the most rows first: what was measured with so many rows holds for more.
+    """
+
+    steps: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def given(cls, tokens: int) -> BreakEven:
+        """The same for all chunks, as a user asks for it."""
+        return cls(((0, tokens),))
+
+    @property
+    def tokens(self) -> int:
+        """For the longest chunks; NEVER where it never is."""
+        return self.steps[0][1]
+
+    def pays(self, rows: int, seq_len: int) -> bool:
+        """Whether to read sparsely in a chunk of so many rows at the end of `seq_len` tokens."""
+        return any(rows >= fewest and seq_len >= tokens for fewest, tokens in self.steps)
+
+    def line(self) -> str:
+        """For people."""
+        return ", ".join(
+            f"{rows} rows: {'never' if tokens >= NEVER else f'{tokens} tokens'}"
+            for rows, tokens in self.steps
+        )
+
+
+NEVER_PAYS = BreakEven.given(NEVER)
+
+
+def break_evens(chunk: int, of_rows: Callable[[int], int]) -> BreakEven:
+    """Of chunks of up to `chunk` rows, given what is found for a number of rows."""
+    steps = [(chunk, of_rows(chunk))]
+    while steps[-1][1] < NEVER and steps[-1][0] >= 2 * FEWEST_ROWS:
+        rows = steps[-1][0] // 2
+        steps.append((rows, of_rows(rows)))
+    return BreakEven(tuple(steps))
 
 
 def warm_up(
@@ -125,12 +172,14 @@ def paths(
     q, k_cache, v_cache, *where = (x.to(device) for x in made)
     both = torch.cat([k_cache, v_cache], -1).to(cache_dtype or dtype)
     caches = both.chunk(2, -1)
+    # Types are spelled out: torch's default may be the model's.
+    fp32 = {"dtype": torch.float32, "device": device}
     scales = {}
     if both.dtype == FP8:
-        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), device=device))
+        scales = dict.fromkeys(("k_scale", "v_scale"), torch.ones((), **fp32))
     k_scale = scales.get("k_scale")
     rows, scale = q.shape[0], head_size**-0.5
-    sink = torch.zeros(num_heads, device=device) if sinks else None
+    sink = torch.zeros(num_heads, **fp32) if sinks else None
 
     def other() -> object:
         return dense(q, *caches, *where, None, scale=scale, **scales)

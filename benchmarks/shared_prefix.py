@@ -1,0 +1,176 @@
+"""Decode of sequences that begin with the same pages: read once for them, against once for each.
+
+Both by our own kernel, taking turns, one layer at a time: on the CPU, and on a GPU where there is
+one, as graphs with a cold L2. Beside it what it costs where nothing is shared, and to find out. The
+two outputs are compared before they are timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks._form import Row, arguments, publish, require_editable
+
+HEADS, KV_HEADS, SIZE = 32, 8, 128
+APART = "each sequence apart"
+
+
+class Batch:
+    """Sequences of `prefix` keys in the same pages (or not) and `own` keys each, on a device."""
+
+    def __init__(self, sequences, prefix, own, dtype, device, *, shares=True) -> None:
+        import torch
+
+        page = 128 if device == "cpu" else 16
+        generator = torch.Generator().manual_seed(sequences + prefix)
+        common, rest = prefix // page, own // page
+        apart = 1 if shares else sequences
+        pages = apart * common + sequences * rest
+        numbers = torch.randperm(pages, generator=generator).int()
+        first = numbers[: apart * common].view(apart, common).expand(sequences, common)
+        last = numbers[apart * common :].view(sequences, rest)
+        cache = torch.randn(pages, KV_HEADS, page, 2 * SIZE, generator=generator)
+        q = torch.randn(sequences, HEADS, SIZE, generator=generator)
+        self.caches = cache.to(device, dtype).chunk(2, -1)
+        self.q = q.to(device, dtype)
+        self.table = torch.cat([first, last], 1).contiguous().to(device)
+        self.starts = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+        lens = torch.full((sequences,), prefix + own, dtype=torch.int32)
+        self.lens, self.page = lens.to(device), page
+
+    def truth(self):
+        """Attention of the first and the last sequence in fp32, [2, H, D]."""
+        from vllm_sparse.kernels import reference
+
+        ends = [0, -1]
+        q, table, lens = self.q[ends].float(), self.table[ends], self.lens[ends]
+        caches = (x.float() for x in self.caches)
+        return reference.paged_decode(q, *caches, table, lens, scale=SIZE**-0.5)[0]
+
+    def find(self):
+        from vllm_sparse.kernels import shared_prefixes
+
+        more = {}
+        if not self.lens.is_cpu:
+            from vllm_sparse.kernels.gpu.paged_decode import members_of
+
+            more["members"] = members_of(HEADS // KV_HEADS, SIZE)
+        return shared_prefixes(self.table, self.starts, self.lens, page=self.page, **more)
+
+    def decoder(self, shared) -> Callable:
+        import torch
+
+        from vllm_sparse.kernels import paged_decode
+
+        more, out = {}, torch.empty_like(self.q)
+        if not self.lens.is_cpu:
+            from vllm_sparse.kernels.gpu.paged_decode import Workspace
+
+            more = {"workspace": Workspace(), "query_start_loc": self.starts}
+        return lambda: paged_decode(
+            self.q, *self.caches, self.table, self.lens, scale=SIZE**-0.5, out=out, shared=shared,
+            **more,
+        )[0]  # fmt: skip
+
+
+def rows_of(batch: Batch, figure: str, case: dict, time: Callable) -> list[Row]:
+    """`time`: works by name -> seconds by name; works are prepared by it."""
+    shared = batch.find()
+    works = {APART: batch.decoder(None), "together": batch.decoder(shared)}
+    truth = batch.truth()
+    ends = [0, -1]
+    apart, error = (
+        float((work()[ends].float() - truth).abs().max() / truth.abs().max())
+        for work in works.values()
+    )
+    case = case | {"shared_keys": int(shared.keys.sum())}
+    failed = None
+    if not error <= 2 * apart:
+        failed = f"off by {error:.2g}, {APART} by {apart:.2g}"
+    if failed:
+        return [Row.failed(figure, case, failed, peer=APART, unit="us", error=error)]
+    seconds = time(works)
+    return [
+        Row.time(figure, case, 1e6 * seconds["together"], APART, 1e6 * seconds[APART], unit="us",
+                 error=error)
+    ]  # fmt: skip
+
+
+def on_cpu(works: dict[str, Callable], rounds: int) -> dict[str, float]:
+    from benchmarks.decode import turns
+
+    return turns(works, rounds)
+
+
+def on_gpu(works: dict[str, Callable], rounds: int) -> dict[str, float]:
+    from benchmarks._decode_gpu import graphed
+    from benchmarks._gpu_clock import seconds
+
+    return seconds({name: graphed(work)[0] for name, work in works.items()}, rounds)
+
+
+def device_rows(device: str, options) -> list[Row]:
+    import torch
+
+    rows = []
+    clock = on_cpu if device == "cpu" else on_gpu
+
+    def time(works):
+        return clock(works, options.rounds)
+
+    for dtype_name in options.dtypes if device == "cpu" else ["bfloat16"]:
+        for prefix in options.prefixes:
+            for sequences in options.batches:
+                case = {
+                    "device": device, "sequences": sequences, "prefix": prefix,
+                    "own": options.own, "dtype": dtype_name,
+                    "heads": f"{HEADS}/{KV_HEADS}x{SIZE}",
+                }  # fmt: skip
+                given = (sequences, prefix, options.own, getattr(torch, dtype_name), device)
+                suffix = f"{device}_b{sequences}_{prefix}_{dtype_name}"
+                batch = Batch(*given)
+                rows += rows_of(batch, f"shared_prefix_{suffix}", case, time)
+                found = clock({"find": batch.find, "again": batch.find}, options.rounds)
+                rows.append(
+                    Row.time(f"shared_prefix_find_{suffix}", case, 1e6 * found["find"], "itself",
+                             1e6 * found["again"], unit="us")
+                )  # fmt: skip
+                if sequences * prefix <= options.tokens:
+                    batch = Batch(*given, shares=False)
+                    rows += rows_of(batch, f"shared_prefix_none_{suffix}", case, time)
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16])
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--own", type=int, default=256, help="keys of each sequence alone")
+    parser.add_argument("--tokens", type=int, default=131072, help="most, where none is shared")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser.add_argument("--rounds", type=int, default=9, help="the fewest that a median is of")
+    options = parser.parse_args()
+    if bad := [n for n in (*options.prefixes, options.own) if n < 128 or n % 128]:
+        parser.error(f"--prefixes, --own: got {bad}; give multiples of 128")
+    require_editable()
+    import os
+
+    import torch
+
+    from vllm_sparse.kernels import cpu
+
+    torch.set_num_threads(options.threads)
+    cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+    rows = device_rows("cpu", options)
+    if torch.cuda.is_available():
+        rows += device_rows("cuda", options)
+    else:
+        print("No GPU is here: only the CPU's kernel is timed.")
+    publish(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
