@@ -15,9 +15,11 @@ class GpuProbe(WorkerProbe):
         for counters in {id(c): c for i in impls if (c := getattr(i, "counters", None))}.values():
             counters.settle()
         found = super().probe()
+        settled = next((i.break_even for i in impls if hasattr(i, "break_even")), None)
         return found | {
             "impls": sorted({type(impl).__name__ for impl in impls}),
-            "break_even": next((i.break_even for i in impls if hasattr(i, "break_even")), None),
+            # On a GPU by the rows of a chunk.
+            "break_even": settled.line() if hasattr(settled, "line") else settled,
         }
 
     def _layers(self) -> list[Any]:

@@ -29,7 +29,7 @@ def rows_of(heads: str, options: argparse.Namespace) -> Iterator[Row]:
 
     device, dtype = torch.device("cuda", torch.cuda.current_device()), getattr(torch, options.dtype)
     shape = (dtype, HEAD_SIZE, *HEADS[heads])
-    flash = flash_for(HEAD_SIZE, *HEADS[heads], PAGE, dtype, dtype, False, device)
+    flash = flash_for(HEAD_SIZE, *HEADS[heads], PAGE, dtype, dtype, None, device)
     dense = flash or triton_dense
     where = (*shape, options.chunk, PAGE, device, dense)
     case = {

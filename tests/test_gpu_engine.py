@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bare pytest leaves the root out
 
 from benchmarks import _engine_child, _probe_gpu, gpu_engine
+from vllm_sparse.planner.device_break_even import BreakEven
 
 STATS = ("keys_read", "keys_causal", "index_seconds", "attention_seconds", "sparse_chunks",
          "dense_chunks")  # fmt: skip
@@ -190,6 +191,9 @@ def test_what_is_asked_of_a_worker_is_settled_first():
     found = probe.probe()
     assert settled == [1]
     assert found["break_even"] == 512 and found["impls"] == ["SimpleNamespace"]
+    impl.break_even = BreakEven(((8192, 4096), (4096, 6144)))
+    found = probe.probe()
+    assert found["break_even"] == "8192 rows: 4096 tokens, 4096 rows: 6144 tokens"
     json.dumps(found)
 
 
