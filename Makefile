@@ -19,7 +19,7 @@ BUILT := setup.py pyproject.toml vllm_sparse/__init__.py $(wildcard kernels/csrc
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DELETE_ON_ERROR:
-.PHONY: setup test sanitize soak demo lint format check bench clean
+.PHONY: setup test sanitize soak demo lint format check bench gpu clean
 
 setup: $(STAMPS)/checked $(CHECKPOINT)/config.json
 
@@ -52,8 +52,12 @@ check: setup
 bench: setup
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
+# Everything that is to be measured on a GPU, within some minutes: `make gpu ARGS="--minutes 8"`.
+gpu: setup
+	$(BIN)/python -m benchmarks.gpu_suite $(ARGS)
+
 clean:
-	rm -rf $(VENV) build checkpoints demo-output *.egg-info
+	rm -rf $(VENV) build checkpoints demo-output gpu-results *.egg-info
 
 $(STAMPS)/venv:
 	@echo "== A virtual environment in $(VENV)"

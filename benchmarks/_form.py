@@ -1,7 +1,7 @@
 """The one form of every benchmark's result: where it ran, with what, and rows.
 
 A benchmark parses its arguments with `arguments()`, calls `require_editable()` before it imports
-anything of the package, makes `Row`s, and hands them to `publish()`.
+anything of the package, makes `Row`s, and hands them to `publish()`, or to `Results` as they come.
 """
 
 from __future__ import annotations
@@ -136,6 +136,15 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def addable(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The option of benchmarks that write their rows as they come (`Results`)."""
+    parser.add_argument(
+        "--add", action="store_true",
+        help="with --json: keep the file's rows, but for those that are measured again",
+    )  # fmt: skip
+    return parser
+
+
 def require_editable(root: Path = ROOT) -> None:
     """Ends the program with one line unless the checkout itself is what is installed."""
     try:
@@ -187,22 +196,77 @@ def versions() -> dict[str, str]:
     return found
 
 
+class Results:
+    """Rows in the one form, each in its file as soon as it is there.
+
+    What is stopped half-way, by a deadline for example, has lost nothing that was measured.
+    """
+
+    def __init__(self, json_path: Path | None = None, *, add: bool = False) -> None:
+        """`add`: the rows that the file has stay, but for those that are measured again.
+
+        Raises:
+            ValueError: the file's rows are of another machine or other versions.
+        """
+        self.path = json_path
+        self.rows: list[Row] = []
+        self.machine, self.versions = machine(), versions()
+        self._before: list[dict[str, Any]] = []
+        if add and json_path is not None and json_path.exists():
+            before = json.loads(json_path.read_text())
+            same = ("cpu", "cores", "gpus")
+            if before["versions"] != self.versions or any(
+                before["machine"][key] != self.machine[key] for key in same
+            ):
+                raise ValueError(
+                    f"{json_path}: its rows are of another machine or other versions; "
+                    "leave out --add, or give another file"
+                )
+            self.machine, self._before = before["machine"], before["rows"]
+        self._write()
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Takes rows as they come, and writes the file after each."""
+        for row in rows:
+            if row.figure in {known.figure for known in self.rows}:
+                raise ValueError(f"figures in more than one row: {row.figure}")
+            self.rows.append(row)
+            self._write()
+
+    @property
+    def failed(self) -> bool:
+        return any(row.ours is None for row in self.rows)
+
+    def form(self) -> dict[str, Any]:
+        mine = {row.figure for row in self.rows}
+        before = [row for row in self._before if row["figure"] not in mine]
+        rows = before + [asdict(row) for row in self.rows]
+        return {"machine": self.machine, "versions": self.versions, "rows": rows}
+
+    def show(self) -> None:
+        """Prints the rows as a table, and how many have no time, last."""
+        _print(self.machine, self.versions, self.rows)
+        failed = [row for row in self.rows if row.ours is None]
+        print(f"{len(self.rows)} rows, {len(failed)} of them failed", flush=True)
+        for row in failed[:3]:
+            print(f"{row.figure}: {row.case.get('failed')}", flush=True)
+
+    def _write(self) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_name(self.path.name + ".part")
+        partial.write_text(json.dumps(self.form(), indent=2, allow_nan=False) + "\n")
+        partial.replace(self.path)
+
+
 def publish(rows: Iterable[Row], json_path: Path | None = None) -> dict[str, Any]:
     """Prints the rows as a table and writes them in the one form."""
-    rows = list(rows)
-    names = [row.figure for row in rows]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"figures in more than one row: {', '.join(doubled)}")
-    form = {
-        "machine": machine(),
-        "versions": versions(),
-        "rows": [asdict(row) for row in rows],
-    }
-    if json_path is not None:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(form, indent=2, allow_nan=False) + "\n")
-    _print(form["machine"], form["versions"], rows)
-    return form
+    rows = list(rows)  # before the file is touched
+    results = Results(json_path)
+    results.add(rows)
+    results.show()
+    return results.form()
 
 
 def _print(machine: dict[str, Any], versions: dict[str, str], rows: list[Row]) -> None:

@@ -1,18 +1,21 @@
 """Decode attention of one layer: our three softmax modes, and vLLM's own, taking turns.
 
 On a CPU the native kernel, against vLLM's CPU attention and against a loop that only reads the same
-bytes. On a machine with a GPU the Triton kernel as well (see `_decode_gpu.py`). Everything is
-checked before it is timed: a wrong result has no time.
+bytes. On a machine with a GPU the Triton kernel (see `_decode_gpu.py`). Everything is checked
+before it is timed: a wrong result has no time. Each row is in the file once it is measured.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from benchmarks._form import Row, arguments, publish, require_editable
+from benchmarks._form import Results, Row, addable, arguments, require_editable
 
+NEEDS_A_GPU = "benchmarks.decode --parts gpu needs an NVIDIA GPU, and torch finds none here"
 PAGE, HEAD_SIZE = 128, 128
 VLLM, STREAM, ONLINE = "vLLM CPU attention", "read STREAM", "ours, online"
 SHORTEST_S = 0.3  # that each contender is timed for, at least
@@ -114,21 +117,33 @@ def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) 
     return found
 
 
-def main() -> None:
-    parser = arguments(__doc__)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = addable(arguments(__doc__))
+    parser.add_argument("--parts", nargs="+", choices=["cpu", "gpu"],
+                        help="default: the GPU where there is one, the CPU otherwise")  # fmt: skip
     parser.add_argument("--heads", nargs="+", choices=list(HEADS), default=["32/8", "32/4"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192, 32768, 131072])
-    parser.add_argument("--tokens", type=int, default=262144, help="most of a batch, all together")
+    parser.add_argument("--batches", type=int, nargs="+",
+                        help="default: 1 and 8 on the CPU, 1 to 64 on a GPU")  # fmt: skip
+    parser.add_argument("--contexts", type=int, nargs="+",
+                        help="default: 1K to 128K on the CPU, to 256K on a GPU")  # fmt: skip
+    parser.add_argument("--tokens", type=int, help="most of a batch, all together; default: 256K "
+                        "on the CPU, 2M on a GPU")  # fmt: skip
     parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16"]
-    )
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["bfloat16"],
+        help="of the CPU's part",
+    )  # fmt: skip
+    parser.add_argument("--cache", choices=["auto", "fp8"], default="auto", help="on the GPU")
     parser.add_argument("--threads", type=int, default=1, help="of both, each on a core")
     parser.add_argument("--rounds", type=int, default=9, help="the fewest that a median is of")
-    options = parser.parse_args()
-    if bad := [n for n in options.contexts if n < PAGE or n % PAGE]:
+    options = parser.parse_args(argv)
+    if bad := [n for n in options.contexts or () if n < PAGE or n % PAGE]:
         parser.error(f"--contexts: got {bad}; give multiples of {PAGE}")
-    require_editable()
+    if bad := [n for n in options.batches or () if n < 1]:
+        parser.error(f"--batches: got {bad}; give 1 or more")
+    return options
+
+
+def cpu_rows(options: argparse.Namespace) -> Iterator[Row]:
     import os
 
     import torch
@@ -137,22 +152,38 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
-    rows = []
+    most = options.tokens or 1 << 18
     for dtype in options.dtypes:
         for heads in options.heads:
-            for batch in options.batches:
-                for context in options.contexts:
-                    if batch * context <= options.tokens:
-                        rows += rows_of(heads, batch, context, dtype, options.rounds)
-    if torch.cuda.is_available():
-        from benchmarks._decode_gpu import gpu_rows
+            for batch in options.batches or (1, 8):
+                for context in options.contexts or (1024, 8192, 32768, 131072):
+                    if batch * context <= most:
+                        yield from rows_of(heads, batch, context, dtype, options.rounds)
 
-        rows += gpu_rows(options)
-    else:
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    require_editable()
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    parts = options.parts or (["gpu"] if has_gpu else ["cpu"])
+    if "gpu" in parts and not has_gpu:
+        print(NEEDS_A_GPU, file=sys.stderr)
+        return 2
+    if not has_gpu:
         print("No GPU is here: the Triton kernel and its peers (vLLM's Triton attention, "
               "FlashAttention, FlashInfer, SDPA) are not timed.")  # fmt: skip
-    publish(rows, options.json)
+    results = Results(options.json, add=options.add)
+    if "cpu" in parts:
+        results.add(cpu_rows(options))
+    if "gpu" in parts:
+        from benchmarks._decode_gpu import gpu_rows
+
+        results.add(gpu_rows(options))
+    results.show()
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

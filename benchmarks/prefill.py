@@ -3,173 +3,142 @@
 Queries, keys and values are those of a model's layers on a real prompt: of the lean retrieval model
 with a needle prompt, or of a model and a text that are given. Every result is checked before it is
 timed: everything selected against float32 attention, the selection for the mass it was to cover.
+Each row is in the file as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
-from ._form import ROOT, Row, arguments, publish, require_editable
-from ._gpu_clock import seconds
+from . import _prefill_problem
+from ._engines import checkpoint, import_examples
+from ._form import Results, Row, addable, arguments, require_editable
+from ._gpu_clock import AHEAD, measured
+from ._prefill_problem import DENSE_ERROR, Checked, Paged
 
 NEEDS_A_GPU = "benchmarks.prefill needs an NVIDIA GPU, and torch finds none here"
 LENGTHS = {f"{n}k": n * 1024 for n in (4, 8, 16, 32, 64, 128, 256, 512)} | {"1m": 1 << 20}
-PAGE = 16
-CHECKED_ROWS = 256
-COVERAGE_SLACK = 0.01
-DENSE_ERROR = 2e-2  # of the largest value; bfloat16 itself makes 4e-3
+PEERS = ("fa3", "cudnn", "flash", "triton", "xformers", "flex")
+CACHES = ("auto", "fp8")
+OURS = ("ours", "index", "kernel")
 
 
-@dataclass(frozen=True)
-class Paged:
-    """One layer's attention over a paged cache, as `kernels.sparse_prefill` takes it."""
-
-    q: object  # [T, H, D]
-    k: object  # [T, Hkv, D]
-    v: object
-    scale: float
-    caches: tuple
-    where: tuple  # block table, query starts, lengths
-
-    @classmethod
-    def of(cls, q, k, v, scale: float) -> Paged:
-        import torch
-
-        length, kv_heads, size = k.shape
-        pages = -(-length // PAGE)
-        both = torch.zeros(pages * PAGE, kv_heads, 2 * size, dtype=k.dtype, device=k.device)
-        both[:length] = torch.cat([k, v], -1)
-        cache = both.view(pages, PAGE, kv_heads, 2 * size).transpose(1, 2)
-        integers = dict(dtype=torch.int32, device=k.device)
-        where = (
-            torch.arange(pages, **integers)[None],
-            torch.tensor([0, length], **integers),
-            torch.tensor([length], **integers),
-        )
-        return cls(q, k, v, scale, tuple(cache.chunk(2, -1)), where)
-
-    def plan(self, coverage: float):
-        from vllm_sparse.patterns import ADAPTIVE
-        from vllm_sparse.planner.device import plan_on_device
-
-        length, heads = self.q.shape[:2]
-        return plan_on_device(
-            self.q, self.caches[0], self.where[0], [length], [length], (ADAPTIVE,) * heads,
-            scale=self.scale, coverage=coverage,
-        )  # fmt: skip
-
-    def attend(self, indices):
-        from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
-
-        return sparse_prefill(self.q, *self.caches, *self.where, indices, scale=self.scale)
+def name_of(length: str, inputs, options: argparse.Namespace) -> str:
+    """The figure of a layer: of the default dtype and cache, these are not in it."""
+    parts = ["prefill", length, f"layer{inputs.layer}"]
+    parts += [f"chunk{options.chunk}"] if options.chunk else []
+    parts += [options.dtype] if options.dtype != "bfloat16" else []
+    return "_".join([*parts, *([options.cache] if options.cache != "auto" else [])])
 
 
-@dataclass(frozen=True)
-class Checked:
-    """What a check found: how much is read, what it covers, how far off the output is."""
-
-    density: float
-    covered: float
-    error: float  # of the sparse output, relative, over the checked rows
-    dense_error: float
-    why: str | None  # it failed
-
-
-def check(problem: Paged, coverage: float) -> Checked:
-    """Runs both forms once and holds them to float32 attention of some rows."""
-    import torch
-
-    indices = problem.plan(coverage)
-    out, lse = problem.attend(indices)
-    dense, dense_lse = problem.attend(None)
-    length = problem.q.shape[0]
-    rows = torch.linspace(0, length - 1, min(CHECKED_ROWS, length), device=out.device).long()
-    truth = float32_rows(problem, rows)
-    dense_error = float((dense[rows].float() - truth).abs().max() / truth.abs().max())
-    error = float((out[rows].float() - truth).norm() / truth.norm())
-    covered = float((lse - dense_lse).exp().mean())
-    density = indices_density(indices, length)
-    why = None
-    if not dense_error <= DENSE_ERROR:  # NaN fails as well
-        why = f"everything selected is off by {dense_error:.2g} of the largest value"
-    elif not covered >= coverage - COVERAGE_SLACK:
-        why = f"covered {covered:.3f} of the mass, asked for {coverage}"
-    return Checked(density, covered, error, dense_error, why)
-
-
-def indices_density(indices, length: int) -> float:
-    from vllm_sparse.cuda_runtime import Counters
-
-    counters = Counters(indices.blocks.device)
-    counters.add(indices, [length], [length])
-    return int(counters.read) / counters.causal
-
-
-def float32_rows(problem: Paged, rows):
-    """Attention of some rows in float32: [R, H, D]."""
-    import torch
-
-    group = problem.q.shape[1] // problem.k.shape[1]
-    key = torch.arange(problem.k.shape[0], device=rows.device)
-    out = torch.empty(len(rows), *problem.q.shape[1:], device=rows.device)
-    for head in range(problem.q.shape[1]):
-        k, v = problem.k[:, head // group].float(), problem.v[:, head // group].float()
-        scores = problem.q[rows, head].float() @ k.T * problem.scale
-        scores.masked_fill_(key > rows[:, None], -torch.inf)
-        out[:, head] = scores.softmax(-1) @ v
-    return out
-
-
-def measure(name: str, inputs, coverage: float, repeats: int) -> list[Row]:
-    """The rows of one length and layer."""
-    from ._prefill_peers import peers
-
-    problem = Paged.of(inputs.q, inputs.k, inputs.v, inputs.scale)
-    found = check(problem, coverage)
-    length, heads, size = problem.q.shape
+def measure(length: str, inputs, options: argparse.Namespace) -> Iterator[Row]:
+    """The rows of one length and layer; one without a time where anything fails."""
+    figure = name_of(length, inputs, options)
+    tokens, heads, size = inputs.q.shape
     case = {
-        "tokens": length, "layer": inputs.layer, "heads": f"{heads}/{problem.k.shape[1]}x{size}",
-        "coverage": coverage, "density": round(found.density, 4),
-        "covered": round(found.covered, 4),
+        "tokens": tokens, "chunk": options.chunk or tokens, "layer": inputs.layer,
+        "heads": f"{heads}/{inputs.k.shape[1]}x{size}",
+        "dtype": options.dtype, "cache": options.cache, "coverage": options.coverage,
     }  # fmt: skip
+    at = figure
+    try:
+        for row in _measure(figure, case, inputs, options):
+            yield row
+            at = f"{figure}_rest"
+    except Exception as error:  # no memory for one length must not cost the others
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"{at}: {why}", flush=True)
+        yield Row.failed(at, case, why, peer=None, unit="s")
+
+
+def _measure(figure: str, case: dict, inputs, options: argparse.Namespace) -> Iterator[Row]:
+    q = inputs.q[-options.chunk :] if options.chunk else inputs.q
+    problem = Paged.of(q, inputs.k, inputs.v, inputs.scale, fp8=options.cache == "fp8")
+    found = _prefill_problem.check(problem, options.coverage)
+    case |= {"density": round(found.density, 4), "covered": round(found.covered, 4)}
     works = {
-        "ours": lambda: problem.attend(problem.plan(coverage)),
-        "index": lambda: problem.plan(coverage),
+        "ours": lambda: problem.attend(problem.plan(options.coverage)),
+        "index": lambda: problem.plan(options.coverage),
     }
-    indices = problem.plan(coverage)
+    indices = problem.plan(options.coverage)
     works["kernel"] = lambda: problem.attend(indices)
-    for peer, run in peers(inputs.q, inputs.k, inputs.v, inputs.scale):
-        if isinstance(run, str):
-            print(f"{peer} is not here: {run}")
-        else:
-            works[peer] = run
-    figure = f"prefill_{name}_layer{inputs.layer}"
-    theirs = [peer for peer in works if peer not in ("ours", "index", "kernel")]
+    if not found.why:
+        works |= right_peers(problem, found, options.peers)
+    theirs = [peer for peer in works if peer not in OURS]
     if found.why or not theirs:
         why = found.why or "no dense kernel to compare with runs here"
-        return [Row.failed(figure, case, why, peer=None, unit="s", error=found.error)]
-    times = seconds(works, repeats)
+        yield Row.failed(figure, case, why, peer=None, unit="s", error=found.error)
+        return
+    taken = measured(works, options.repeats, options.most_seconds)
+    times = {work: one.seconds for work, one in taken.items()}
     best = min(theirs, key=times.get)
-    flops = 4 * size * heads * length * (length + 1) / 2 * found.density
-    case |= {"index_share": round(times["index"] / times["ours"], 4)} | {
-        peer: round(times[peer], 6) for peer in theirs
-    }
-    return [
-        Row.time(figure, case, times["ours"], best, times[best], error=found.error),
-        Row.rate(
-            f"{figure}_kernel", {"tokens": length, "density": round(found.density, 4)},
-            flops / times["kernel"] / 1e12, best, flops / found.density / times[best] / 1e12,
-            unit="TFLOP/s", error=found.dense_error,
-        ),
-    ]  # fmt: skip
+    tokens, heads, size = inputs.q.shape
+    flops = 4 * size * heads * problem.pairs * found.density
+    case |= {
+        "index_share": round(times["index"] / times["ours"], 4),
+        "launch_s": round(taken["ours"].host, 6),
+    } | {peer: round(times[peer], 6) for peer in theirs}
+    yield Row.time(figure, case, times["ours"], best, times[best], error=found.error)
+    yield Row.rate(
+        f"{figure}_kernel", {"tokens": tokens, "density": round(found.density, 4)},
+        flops / times["kernel"] / 1e12, best, flops / found.density / times[best] / 1e12,
+        unit="TFLOP/s", error=found.dense_error,
+    )  # fmt: skip
+    # Before the GPU begins everything is launched, as where layers of work lie in its queue.
+    queued = measured(
+        {name: works[name] for name in ("ours", "index", best)}, options.repeats,
+        options.most_seconds / 2, ahead=AHEAD,
+    )  # fmt: skip
+    index_share = queued["index"].seconds / queued["ours"].seconds
+    yield Row.time(
+        f"{figure}_queued", {"tokens": tokens, "index_share": round(index_share, 4)},
+        queued["ours"].seconds, best, queued[best].seconds, error=found.error,
+    )  # fmt: skip
+
+
+def right_peers(problem: Paged, found: Checked, wanted: list[str] | None) -> dict:
+    """The peers that run here and give what float32 attention gives."""
+    from ._prefill_peers import peers
+
+    works = {}
+    for peer, run in peers(problem, wanted):
+        if isinstance(run, str):
+            print(f"{peer} is not here: {run}", flush=True)
+        elif not (off := found.off(run())) <= DENSE_ERROR:  # NaN is none
+            print(f"{peer} is left out: off by {off:.2g} of the largest value", flush=True)
+        else:
+            works[peer] = run
+    return works
+
+
+def all_layers(figure: str, rows: list[Row]) -> Iterator[Row]:
+    """One row of the layers together, if there are several and all have a time."""
+    layers = [row for row in rows if "index_share" in row.case and "layer" in row.case]
+    if len(layers) < 2 or any(row.ours is None for row in rows):
+        return
+    common = set.intersection(*({p for p in row.case if isinstance(row.case[p], float)}
+                                for row in layers))  # fmt: skip
+    named = common - {"coverage", "density", "covered", "index_share", "launch_s"}
+    times = {peer: sum(row.case[peer] for row in layers) for peer in sorted(named)}
+    if not times:
+        return
+    best = min(times, key=times.get)
+    ours = sum(row.ours for row in layers)
+    index = sum(row.ours * row.case["index_share"] for row in layers)
+    case = {
+        "tokens": layers[0].case["tokens"], "layers": len(layers),
+        "density": round(sum(row.case["density"] for row in layers) / len(layers), 4),
+        "index_share": round(index / ours, 4),
+    }  # fmt: skip
+    worst = max(row.error for row in layers)
+    yield Row.time(figure, case, ours, best, times[best], error=worst)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = arguments(__doc__)
+    parser = addable(arguments(__doc__))
     parser.add_argument(
         "--lengths", nargs="+", choices=list(LENGTHS), default=["4k", "8k", "32k", "128k"]
     )
@@ -178,11 +147,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", nargs="+", type=int, help="default: all of the lean model's, "
                         "three of a given one")  # fmt: skip
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--cache", choices=CACHES, default="auto", help="what the cache holds")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, help="only these (default: all)")
+    parser.add_argument("--chunk", type=int, metavar="N", help="only the last N tokens' queries, "
+                        "as a step of serving has them (default: all)")  # fmt: skip
     parser.add_argument("--coverage", type=float, default=0.95)
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--most-seconds", type=float, default=20.0, metavar="S",
+                        help="of timing one layer: fewer repeats then, but three")  # fmt: skip
     options = parser.parse_args(argv)
     if bool(options.model) != bool(options.text):
         parser.error("--model and --text go together: a model's heads are real on real text only")
+    if options.chunk is not None:
+        short = [name for name in options.lengths if LENGTHS[name] <= options.chunk]
+        if options.chunk < 1 or short:
+            parser.error(f"--chunk {options.chunk}: give 1 or more, and fewer than --lengths have")
     if not 0 < options.coverage <= 1:
         parser.error(f"--coverage {options.coverage}: more than 0, at most 1")
     return options
@@ -218,21 +197,32 @@ def main(argv: list[str] | None = None) -> int:
         print(NEEDS_A_GPU, file=sys.stderr)
         return 2
     require_editable()
-    sys.path.insert(0, str(ROOT / "examples"))
-    if options.model is None:
-        subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), "lean"], check=True)
+    import_examples()
     from ._capture import capture
 
-    model = options.model or str(ROOT / "checkpoints" / "lean")
-    rows = []
+    model = options.model or str(checkpoint("lean"))
+    results = Results(options.json, add=options.add)
     for name in options.lengths:
         prompt = prompt_of(options, LENGTHS[name])
         dtype = getattr(torch, options.dtype)
         layers = wanted_layers(options, model)
-        for inputs in capture(model, prompt, layers, dtype=dtype, device=torch.device("cuda")):
-            rows += measure(name, inputs, options.coverage, options.repeats)
-    publish(rows, options.json)
-    return 1 if any(row.ours is None for row in rows) else 0
+        rows = []
+        try:
+            for inputs in capture(model, prompt, layers, dtype=dtype, device=torch.device("cuda")):
+                for row in measure(name, inputs, options):
+                    results.add([row])
+                    rows.append(row)
+                torch.cuda.empty_cache()
+        except torch.OutOfMemoryError as error:
+            why = " ".join(f"the model on the prompt: {error}".split())[:200]
+            failed = Row.failed(f"prefill_{name}", {}, why, peer=None, unit="s")
+            results.add([failed])
+            continue
+        if rows:
+            figure = name_of(name, inputs, options).replace(f"layer{inputs.layer}", "all")
+            results.add(all_layers(figure, rows))
+    results.show()
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":

@@ -72,6 +72,35 @@ def test_a_figure_stands_in_one_row_only():
         publish([row, row])
 
 
+def test_rows_are_in_the_file_as_they_come_and_others_stay(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+
+    def figures() -> dict[str, float]:
+        return {row["figure"]: row["ours"] for row in json.loads(file.read_text())["rows"]}
+
+    results = form.Results(file)
+    assert figures() == {}
+
+    def rows():
+        yield Row.share("a", {}, 0.1)
+        assert figures() == {"a": 0.1}
+        yield Row.share("b", {}, 0.2)
+
+    results.add(rows())
+    assert figures() == {"a": 0.1, "b": 0.2} and not results.failed
+    with pytest.raises(ValueError, match="more than one row: a"):
+        results.add([Row.share("a", {}, 0.3)])
+    again = form.Results(file, add=True)
+    again.add([Row.share("b", {}, 0.5), Row.failed("c", {}, "wrong", peer=None, unit="s")])
+    assert figures() == {"a": 0.1, "b": 0.5, "c": None} and again.failed
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    monkeypatch.setattr(form, "versions", lambda: {"python": "2.7"})
+    with pytest.raises(ValueError, match="another machine or other versions"):
+        form.Results(file, add=True)
+    form.Results(file)
+    assert figures() == {}
+
+
 def test_machine_and_versions_say_where_and_with_what():
     machine, versions = form.machine(), form.versions()
     assert machine["cpu"] and machine["cores"] >= machine["cores_allowed"] >= 1
