@@ -106,6 +106,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.counters: Counters | None = None
         self.patterns: tuple | None = None
         self.sums: PageSums | None = None
+        self.sums_of: tuple | None = None  # the cache that room was made for, or refused
         self.window = sliding_window
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
@@ -155,11 +156,16 @@ class SparseCudaImpl(TritonAttentionImpl):
 
         To be called with the layer's cache before a page is written: what is written without it
         is in no sum. The builder does, as the first write may be inside a graph's capture.
+
+        vLLM binds two caches: one of a few pages while it measures what graphs take, and then the
+        one it serves with, whose pages would lie beyond the first one's sums.
         """
-        if self.always_dense or not self.keeps_sums or self.sums is not None:
+        if self.always_dense or not self.keeps_sums or not kv_cache.numel():
+            return  # without a cache vLLM measures memory
+        cache = kv_cache.data_ptr(), kv_cache.shape
+        if self.sums_of == cache:
             return
-        if not kv_cache.numel():  # vLLM measures memory
-            return
+        self.sums_of, self.sums = cache, None
         k_cache = self._caches(kv_cache)[0]
         pages, heads, page, size = k_cache.shape
         why = None
@@ -180,7 +186,6 @@ class SparseCudaImpl(TritonAttentionImpl):
             table = torch.zeros(1, dtype=torch.int32, device=on)
             self.sums.means(table, 1, torch.arange(heads, device=on), scale)
             return
-        self.keeps_sums = False
         message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
         log.once(logger, logging.WARNING, message)
         STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1

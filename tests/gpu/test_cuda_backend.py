@@ -288,11 +288,25 @@ def test_the_builder_makes_room_for_sums_before_the_first_write(layer):
     torch.testing.assert_close(got[0, 0], want, rtol=1e-2, atol=1e-3)
 
 
+def test_sums_follow_the_cache_that_vllm_binds(layer):
+    """vLLM captures graphs over a cache of a few pages first, to see what they take."""
+    made = layer(break_even=0)
+    few = made.cache[:4].clone()
+    made.impl.prepare(few)
+    assert made.impl.sums.sums.shape == (4, KV_HEADS, SIZE)
+    made.impl.prepare(made.cache)
+    kept = made.impl.sums
+    assert kept.sums.shape == (PAGES, KV_HEADS, SIZE)
+    made.impl.prepare(made.cache)
+    assert made.impl.sums is kept
+
+
 def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
     made = layer(break_even=0)
     before = STATS.fallbacks.get("means_from_keys", 0)
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
-    made.impl.prepare(torch.zeros(4, KV_HEADS, 48, 2 * SIZE))
+    cache = torch.zeros(4, KV_HEADS, 48, 2 * SIZE)
+    made.impl.prepare(cache)
+    made.impl.prepare(cache)
     assert made.impl.sums is None
     assert STATS.fallbacks["means_from_keys"] == before + 1
 
