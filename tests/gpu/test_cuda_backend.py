@@ -43,7 +43,9 @@ class Layer:
             max_num_batched_tokens=4096, additional_config={"sparse": settings},
         ).create_engine_config()  # fmt: skip
         if speculated:
-            self.config.speculative_config = SimpleNamespace(num_speculative_tokens=speculated)
+            self.config.speculative_config = SimpleNamespace(
+                num_speculative_tokens=speculated, parallel_drafting=False
+            )
         self.calls: list[tuple[int, int]] = []  # (rows, sequences) of each call of vLLM's own
         # Functions, as a bound method would not be given the impl.
         monkeypatch.setattr(TritonAttentionImpl, "forward", lambda *a: self._dense(*a))
