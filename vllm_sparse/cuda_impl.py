@@ -30,7 +30,6 @@ from .kernels.gpu.paged_decode import (
 )
 from .kernels.gpu.sparse_prefill import sparse_prefill
 from .kernels.paged_cache import FP8, check_scales
-from .kernels.shared_prefix import SharedPrefixes
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
 from .patterns import ADAPTIVE
@@ -159,7 +158,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         cache: vLLM tries graphs on a small one before it makes the one that serves.
 
         To be called with the layer's cache before a page is written: what is written without it
-        is in no sum. The builder does, as the first write may be inside a graph's capture.
+        is in no sum. The builder does, as the first write may be inside a graph's capture. vLLM
+        binds two caches: a small one to measure what graphs take, and the one it serves with.
         """
         if self.always_dense or not kv_cache.numel():  # empty: vLLM measures memory
             return
@@ -234,8 +234,8 @@ class SparseCudaImpl(TritonAttentionImpl):
         segments = attn_metadata.segments
         if segments is None and attn_metadata.decodes:
             tokens = attn_metadata.num_actual_tokens
-            given = (query[:tokens], kv_cache, output[:tokens])
-            self._decode(layer, attn_metadata, attn_metadata.shared, *given)
+            rows = slice(0, tokens)
+            self._decode(layer, attn_metadata, query[rows], kv_cache, output[rows])
             return output
         if segments is None or self.always_dense:
             tokens = attn_metadata.num_actual_tokens
@@ -246,8 +246,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
-                given = (query[rows], kv_cache, output[rows])
-                self._decode(layer, segment.metadata, segment.shared, *given)
+                self._decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
             elif segment.sparse:
                 self._sparse(layer, segment, query[rows], kv_cache, output[rows])
             else:
@@ -278,8 +277,7 @@ class SparseCudaImpl(TritonAttentionImpl):
     def _decode(
         self,
         layer,
-        metadata: TritonAttentionMetadata,
-        shared: SharedPrefixes | None,
+        metadata: SparseCudaMetadata,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         out: torch.Tensor,
@@ -298,7 +296,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             max_query_len=metadata.max_query_len,
             window=self.window,
             sinks=self.sinks,
-            shared=shared if self.window is None else None,
+            shared=metadata.shared if self.window is None else None,
             workspace=self.workspace,
             **self._scales(layer),
         )

@@ -32,10 +32,9 @@ class GpuSegment:
     end: int
     query_lens: list[int]  # [S]
     seq_lens: list[int]  # [S], new tokens included
-    metadata: TritonAttentionMetadata  # of these sequences, rows counted from 0
+    metadata: SparseCudaMetadata  # of these sequences, not cut, rows counted from 0
     decodes: bool  # one row each, or one and the tokens speculated after it
     sparse: bool  # False: vLLM's own kernels attend
-    shared: SharedPrefixes | None = None  # what its sequences begin with together, if they decode
 
 
 @dataclass
@@ -130,6 +129,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if not any(sparse):
             shared = self._shared(whole, self.room) if all(decodes) else None
             return SparseCudaMetadata(**fields, decodes=all(decodes), shared=shared)
+        whole = SparseCudaMetadata(**fields)
         kinds = list(zip(sparse, decodes, strict=True))
         cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
         segments = [
@@ -175,9 +175,9 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             block_table=whole.block_table[first:last],
             slot_mapping=whole.slot_mapping[begin:end],
         )
-        shared = self._shared(part) if decodes else None
-        lens = query_lens[first:last]
-        return GpuSegment(begin, end, lens, lengths, part, decodes, sparse, shared)
+        if decodes:
+            part.shared = self._shared(part)
+        return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
 
     def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
         """Most rows of a sequence of a segment, on the device as well: with adaptive verification

@@ -11,7 +11,7 @@ import triton.language as tl
 from .body_mass import COUNTS, OPTIONS, STAGES, WARPS
 from .launch import Config, Target, kernel
 
-CHUNK = 128  # columns of a program, and those that they are compared with at once
+CHUNK = 64  # columns of a program, and those that they are compared with at once
 
 
 @triton.jit(**COUNTS)

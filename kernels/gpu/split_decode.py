@@ -40,15 +40,11 @@ ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 
 # What changes from step to step compiles no code of its own; a batch's tensors may be parts of a
 # step's, which begin anywhere.
-@triton.jit(
-    **unspecialized(
-        ("window", "slots", "num_seqs", "table_row"),
-        (
-            "k_scale", "v_scale", "prefix_keys", "members", "block_table", "query_start_loc",
-            "seq_lens",
-        ),
-    )
-)  # fmt: skip
+STEP_NUMBERS = ("window", "slots", "num_seqs", "table_row")
+STEP_TENSORS = ("prefix_keys", "members", "block_table", "query_start_loc", "seq_lens")
+
+
+@triton.jit(**unspecialized(STEP_NUMBERS, ("k_scale", "v_scale", *STEP_TENSORS)))
 def _split_decode(
     q,  # [T, H, D]
     k_cache,  # [pages, Hkv, PAGE, D]
@@ -360,8 +356,6 @@ FORMS = (
     ("suffix", 1, ONLINE, {"prefix": True}),
     ("sinks", 1, ONLINE, {"sinks": True}),
 )
-
-
 _EVERY = tuple(form for form, *_ in FORMS)
 SHOWN = {
     (torch.bfloat16, 64): ("online", "unified", "sinks"),  # gpt-oss has sinks and 64

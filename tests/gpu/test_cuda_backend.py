@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from cuda_layer import HEADS, KV_HEADS, SIZE, Layer
+from cuda_layer import HEADS, KV_HEADS, PAGES, SIZE, Layer
 from gpu_cases import HAS_GPU
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
@@ -155,8 +155,8 @@ def test_the_decodes_of_a_mixed_step_share_among_themselves(layer, short_prefixe
     out, want, metadata = made.step([(300, 1), (250, 1), (180, 100)], shared=10)
     torch.testing.assert_close(out[:2], want[:2], atol=2e-3, rtol=2e-3)
     assert [s.decodes for s in metadata.segments] == [True, False]
-    assert metadata.segments[0].shared.keys.tolist() == [128] * 2
-    assert metadata.segments[1].shared is None
+    assert metadata.segments[0].metadata.shared.keys.tolist() == [128] * 2
+    assert metadata.segments[1].metadata.shared is None
 
 
 def test_speculated_tokens_share_a_prefix(layer, short_prefixes):
@@ -214,6 +214,19 @@ def test_the_builder_makes_room_for_sums_before_the_first_write(layer):
     got = made.impl.sums.means(torch.arange(4, dtype=torch.int32), 64, torch.tensor([0]))
     want = made.cache[:4, 0, :, :SIZE].flatten(0, 1).float().mean(0)
     torch.testing.assert_close(got[0, 0], want, rtol=1e-2, atol=1e-3)
+
+
+def test_sums_follow_the_cache_that_vllm_binds(layer):
+    """vLLM captures graphs over a cache of a few pages first, to see what they take."""
+    made = layer(break_even=0)
+    few = made.cache[:4].clone()
+    made.impl.prepare(few)
+    assert made.impl.sums.sums.shape == (4, KV_HEADS, SIZE)
+    made.impl.prepare(made.cache)
+    kept = made.impl.sums
+    assert kept.sums.shape == (PAGES, KV_HEADS, SIZE)
+    made.impl.prepare(made.cache)
+    assert made.impl.sums is kept
 
 
 def test_pages_that_no_sums_are_kept_of_are_told_and_counted(layer):
