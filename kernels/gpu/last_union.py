@@ -18,7 +18,7 @@ from .body_mass import COLUMN_COST, OPTIONS, STAGES, WARPS, top_block
 from .launch import Config, Target, kernel, unspecialized
 
 TILE = 64
-BLOCK_CHUNK, ROW_CHUNK, SORTED = 512, 1024, 512
+BLOCK_CHUNK, ROW_CHUNK, SORTED = 512, 1024, 256
 SHIFT, LEVELS = tl.constexpr(MASS_SHIFT), tl.constexpr(MASS_LEVELS)
 _COUNTS = unspecialized(
     numbers=(
@@ -270,7 +270,7 @@ def _configs(function, constants: dict[str, int], warps: int = WARPS) -> Iterato
 
 
 _HEAVIEST = {"CHUNK": BLOCK_CHUNK, "ROW_CHUNK": ROW_CHUNK, "SORTED": SORTED}
-_JOIN, JOIN_WARPS = {"CHUNK": 64, "BLOCK_CHUNK": 256}, 8  # 4 would take 255 registers on sm_80
+_JOIN, JOIN_WARPS = {"CHUNK": 64, "BLOCK_CHUNK": 128}, 8  # 4 would take 255 registers on sm_80
 _JOIN_OPTIONS = launch.options(JOIN_WARPS, STAGES)
 
 

@@ -27,7 +27,7 @@ from .body_mass import (
 from .launch import Config, Target, kernel
 
 # A program goes over all blocks of a head by itself, and so over many at a time.
-CHUNK, WARPS = 256, 8
+CHUNK, WARPS = 128, 8
 
 
 @triton.jit(**COUNTS)
