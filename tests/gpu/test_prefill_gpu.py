@@ -127,15 +127,16 @@ def test_a_query_before_all_its_selected_keys():
 @pytest.mark.parametrize("shared", ["heads", "tiles", "nothing"])
 def test_either_pairing_reads_what_each_list_selects(shared):
     """Two tiles of two heads whose lists are alike across heads, across tiles, or not at all."""
-    case = make_case([128], [700], heads=2, kv_heads=1, dtype=ANY_DTYPE)
+    case = make_case([128], [1500], heads=2, kv_heads=1, dtype=ANY_DTYPE)
     generator = torch.Generator().manual_seed(1)
-    mask = torch.rand(2, 2, 11, generator=generator) < 0.5
+    mask = torch.rand(2, 2, 24, generator=generator) < 0.4
     if shared == "heads":
         mask[:, 1] = mask[:, 0]
     elif shared == "tiles":
         mask[1] = mask[0]
-    columns = torch.arange(0, 640, 9, dtype=torch.int32).expand(2, 2, -1)
-    last_key = torch.tensor([635, 699])
+    # More of them outside the blocks than are handled at once.
+    columns = torch.arange(0, 1430, dtype=torch.int32).expand(2, 2, -1)
+    last_key = torch.tensor([1435, 1499])
     check(case, reference.index_lists(mask, columns, last_key))
 
 
