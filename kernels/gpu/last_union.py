@@ -18,7 +18,7 @@ from .body_mass import COLUMN_COST, OPTIONS, STAGES, WARPS, top_block
 from .launch import Config, Target, kernel, unspecialized
 
 TILE = 64
-BLOCK_CHUNK, ROW_CHUNK, SORTED = 128, 1024, 128
+BLOCK_CHUNK, ROW_CHUNK, SORTED = 512, 1024, 256
 SHIFT, LEVELS = tl.constexpr(MASS_SHIFT), tl.constexpr(MASS_LEVELS)
 _COUNTS = unspecialized(
     numbers=(
@@ -42,6 +42,12 @@ def _last_of(tile, tiles, top, last_block):
 def _count(case, few, num_columns):
     """How many candidate columns are tried in cases 0, 1, 2."""
     return tl.where(case == 0, 0, tl.where(case == 1, few, num_columns))
+
+
+@triton.jit
+def _sum_of_run(block_a, sum_a, block_b, sum_b):
+    """Two runs of one block's columns are one."""
+    return block_b, tl.where(block_a == block_b, sum_a + sum_b, sum_b)
 
 
 @triton.jit(**_COUNTS)
@@ -84,51 +90,52 @@ def _heaviest_blocks(
 
     for case in range(0, 3):
         count = _count(case, few, num_columns)
-        need = missing
-        for first in range(0, count, CHUNK):
-            i = first + tl.arange(0, CHUNK)
-            need -= tl.sum(tl.load(column_mass + single + i, mask=i < count, other=0.0), 0)
-        # Mass of blocks without that of the columns in them. These are in ascending order, so
-        # that a chunk of blocks meets those from `at` on.
-        at = few * 0
-        highest = few * 0
-        for first in range(0, num_blocks, CHUNK):
-            block = first + tl.arange(0, CHUNK)
+        for first in range(0, num_blocks, ROW_CHUNK):
+            block = first + tl.arange(0, ROW_CHUNK)
             there = (block > 0) & (block < num_blocks) & (block != last) & (block != last - 1)
             x = tl.load(blocks + row + block, mask=there, other=0.0)
-            more = count > 0
-            while more:
-                i = at + tl.arange(0, SORTED)
-                column = tl.load(
-                    sorted_columns + head * num_columns + i, mask=i < num_columns, other=2147483647
-                )
-                mine = column < (first + CHUNK) * 64
-                place = tl.load(order_of + head * num_columns + i, mask=mine, other=num_columns)
-                m = tl.load(column_mass + single + place, mask=place < count, other=0.0)
-                inside = (column // 64)[:, None] == block[None, :]
-                x -= tl.sum(tl.where(inside, m[:, None], 0.0), 0)
-                found = tl.sum(mine.to(tl.int32), 0)
-                at += found
-                more = found == SORTED
-            x = tl.where(there, tl.maximum(x, 0.0), 0.0)
+            tl.store(left + row + block, x, mask=block < num_blocks)
+        tl.debug_barrier()
+        # Without the mass of the columns in them. These are in ascending order: those of a block
+        # lie together, and the last of them takes what they sum to.
+        need = missing
+        for first in range(0, tl.where(count > 0, num_columns, 0), SORTED):
+            i = first + tl.arange(0, SORTED)
+            inside = i < num_columns
+            of_columns = sorted_columns + head * num_columns + i
+            block = tl.load(of_columns, mask=inside, other=0) // 64
+            after = tl.load(of_columns + 1, mask=i + 1 < num_columns, other=-64) // 64
+            place = tl.load(order_of + head * num_columns + i, mask=inside, other=num_columns)
+            m = tl.load(column_mass + single + place, mask=place < count, other=0.0)
+            need -= tl.sum(m, 0)
+            _, m = tl.associative_scan((block, m), 0, _sum_of_run)
+            ends = inside & ((block != after) | (i == first + SORTED - 1))
+            ends = ends & (block > 0) & (block != last) & (block != last - 1)
+            x = tl.load(left + row + block, mask=ends, other=0.0)
+            tl.store(left + row + block, x - m, mask=ends)
+            tl.debug_barrier()  # the next ones may go on with the same block
+        highest = few * 0
+        for first in range(0, num_blocks, ROW_CHUNK):
+            block = first + tl.arange(0, ROW_CHUNK)
+            x = tl.load(left + row + block, mask=block < num_blocks, other=0.0)
+            x = tl.where(x > 0.0, x, 0.0)
             tl.store(left + row + block, x, mask=block < num_blocks)
             highest = tl.maximum(highest, tl.max(x.to(tl.int32, bitcast=True), 0) >> SHIFT)
         tl.debug_barrier()
         # Blocks come by levels of mass: the fewest levels that hold the need, LEVELS where none do.
-        # 16 levels are an octave: first which of these, then where in it.
+        # First which 64 of these, then which 8, then which one: 24 sums for each block.
         low = few * 0
-        for step in range(0, 2):
-            each = 16 - 15 * step
-            levels = low + tl.arange(0, 32) * each + each - 1
+        for step in range(0, 3):
+            each = tl.where(step == 0, 64, tl.where(step == 1, 8, 1))
+            levels = low + tl.arange(0, 8) * each + each - 1
             lowest = tl.where(levels >= LEVELS - 1, 0, highest - levels)
-            held = tl.zeros([32], tl.float32)
+            held = tl.zeros([8], tl.float32)
             for first in range(0, num_blocks, CHUNK):
                 block = first + tl.arange(0, CHUNK)
                 x = tl.load(left + row + block, mask=block < num_blocks, other=0.0)
                 level = x.to(tl.int32, bitcast=True) >> SHIFT
                 held += tl.sum(tl.where(level[:, None] >= lowest[None, :], x[:, None], 0.0), 0)
-            counted = tl.arange(0, 32) < tl.where(step == 0, LEVELS // 16, 16)
-            low += tl.sum((counted & (held < need)).to(tl.int32), 0) * each
+            low += tl.sum((held < need).to(tl.int32), 0) * each
         lowest = tl.where(low >= LEVELS - 1, 0, highest - low)
         lowest = tl.where(need > 0, lowest, 2147483647)  # nothing is needed: none
         for first in range(0, num_blocks, ROW_CHUNK):
@@ -175,6 +182,7 @@ def _join_rows(
     last_block,
     num_ends,
     CHUNK: tl.constexpr,
+    BLOCK_CHUNK: tl.constexpr,
 ):
     """Of one head and tile: the cheapest case's blocks and columns."""
     head, end = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -190,8 +198,8 @@ def _join_rows(
     rows = flags + (head * num_rows + r) * num_blocks
     mine = bits + (head * num_ends + end) * num_blocks
     read0, read1, read2 = last * 0, last * 0, last * 0
-    for first in range(0, num_blocks, CHUNK):
-        block = first + tl.arange(0, CHUNK)
+    for first in range(0, num_blocks, BLOCK_CHUNK):
+        block = first + tl.arange(0, BLOCK_CHUNK)
         there = (r < stop)[:, None] & (block < num_blocks)[None, :]
         flag = tl.load(rows[:, None] + block[None, :], mask=there, other=0).to(tl.int32)
         base = (block == 0) | (block == last) | (block == last - 1)
@@ -207,12 +215,14 @@ def _join_rows(
     tl.debug_barrier()
     single1, single2 = last * 0, last * 0
     of_columns = head * num_columns
+    into = position + (head * num_ends + end) * num_columns
     for first in range(0, num_columns, CHUNK):
         i = first + tl.arange(0, CHUNK)
         inside = i < num_columns
         column = tl.load(sorted_columns + of_columns + i, mask=inside, other=0)
         place = tl.load(order_of + of_columns + i, mask=inside, other=num_columns)
         heavy = _heaviest_row(column_mass, head, place, begin, stop, num_rows, num_columns) > 0
+        tl.store(into + i, heavy.to(tl.int32), mask=inside)  # for the last loop
         have = tl.load(mine + column // 64, mask=inside, other=7).to(tl.int32)
         single1 += tl.sum((heavy & (place < few) & ((have >> 1) & 1 == 0)).to(tl.int32), 0)
         single2 += tl.sum((heavy & inside & ((have >> 2) & 1 == 0)).to(tl.int32), 0)
@@ -221,10 +231,11 @@ def _join_rows(
     cost2 = read2.to(tl.float32) * 64.0 + single2.to(tl.float32) * COLUMN_COST
     best = tl.where(cost1 < cost0, 1, 0)
     best = tl.where(cost2 < tl.minimum(cost0, cost1), 2, best)
+    tl.debug_barrier()
 
     row = mask + ((tile * num_heads).to(tl.int64) + tl.load(heads + head)) * num_blocks
-    for first in range(0, num_blocks, CHUNK):
-        block = first + tl.arange(0, CHUNK)
+    for first in range(0, num_blocks, BLOCK_CHUNK):
+        block = first + tl.arange(0, BLOCK_CHUNK)
         inside = block < num_blocks
         keep = ((tl.load(mine + block, mask=inside, other=0).to(tl.int32) >> best) & 1) != 0
         # A tile before the last reads this beside its pattern.
@@ -237,11 +248,10 @@ def _join_rows(
         inside = i < num_columns
         column = tl.load(sorted_columns + of_columns + i, mask=inside, other=0)
         place = tl.load(order_of + of_columns + i, mask=inside, other=num_columns)
-        heavy = _heaviest_row(column_mass, head, place, begin, stop, num_rows, num_columns) > 0
+        heavy = tl.load(into + i, mask=inside, other=0) != 0
         have = tl.load(mine + column // 64, mask=inside, other=7).to(tl.int32)
         keep = heavy & (place < count) & ((have >> best) & 1 == 0) & (i * 0 + dense == 0)
-        into = position + (head * num_ends + end) * num_columns + i
-        tl.store(into, tl.where(keep, column, -1), mask=inside)
+        tl.store(into + i, tl.where(keep, column, -1), mask=inside)
 
 
 _FP32, _I32, _U8 = "*fp32", "*i32", "*u8"
@@ -260,7 +270,7 @@ def _configs(function, constants: dict[str, int], warps: int = WARPS) -> Iterato
 
 
 _HEAVIEST = {"CHUNK": BLOCK_CHUNK, "ROW_CHUNK": ROW_CHUNK, "SORTED": SORTED}
-_JOIN, JOIN_WARPS = {"CHUNK": 64}, 8  # 4 would take 255 registers on sm_80
+_JOIN, JOIN_WARPS = {"CHUNK": 64, "BLOCK_CHUNK": 128}, 8  # 4 would take 255 registers on sm_80
 _JOIN_OPTIONS = launch.options(JOIN_WARPS, STAGES)
 
 

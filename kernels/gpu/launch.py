@@ -21,15 +21,15 @@ FP8_CAPABILITY = (8, 9)  # from which on Triton converts float8_e4m3fn
 # Files with Triton kernels, each of which fills its part of the table.
 MODULES = (
     "block_means",
+    "block_sums",
     "choose_pattern",
     "index_lists",
+    "key_worth",
     "last_union",
     "left_out",
     "line_sums",
     "pack_tiles",
     "prefill_tile",
-    "row_lse",
-    "row_scores",
     "search_columns",
     "search_threshold",
     "search_window",

@@ -14,15 +14,9 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .block_sums import block_mass
 from .launch import Config, Target, kernel
-from .row_scores import (
-    ROWS,
-    _configs,
-    _launch_arguments,
-    _load_rows,
-    _logits,
-    row_denominators,
-)
+from .scored_rows import ROWS, configs, launch_arguments, load_rows, logits
 
 
 @triton.jit(
@@ -57,18 +51,18 @@ def _line_sums(
     head = tl.load(heads + number)
     m = tl.arange(0, 64)
     position = seq_len - num_rows + m
-    q_tile = _load_rows(q, head, q_row, q_head, num_rows, D, D_PADDED)
+    q_tile = load_rows(q, head, m, m < num_rows, q_row, q_head, D, D_PADDED)
     if k_scale is not None:
         scale = scale * tl.load(k_scale)
     nearest = tl.program_id(0) * 64  # distance
     c = tl.arange(0, 128)
     key = seq_len - nearest - 128 + c
     inside = (key >= 0) & (key < seq_len)
-    s = _logits(
+    s = logits(
         q_tile, k_cache + head // GROUP * kv_head, table, tl.where(inside, key, 0), inside,
         kv_page, kv_row, scale, D, D_PADDED, PAGE,
     )  # fmt: skip
-    row_lse = tl.load(lse + number * 64 + m)
+    row_lse = tl.load(lse + number * 64 + m, mask=m < num_rows, other=0.0)
     sees = inside[None, :] & (key[None, :] <= position[:, None]) & (m < num_rows)[:, None]
     p = tl.where(sees, tl.exp(s - row_lse[:, None]), 0.0)
     tl.store(by_column + number * seq_len + key, tl.sum(p, 0), mask=inside & (c >= 64))
@@ -83,7 +77,7 @@ def _line_sums(
 
 @kernel(_line_sums)
 def _line_configs(target: Target) -> Iterator[Config]:
-    yield from _configs(target, dict.fromkeys(("lse", "by_column", "by_distance"), "*fp32"))
+    yield from configs(target, dict.fromkeys(("lse", "by_column", "by_distance"), "*fp32"))
 
 
 def line_sums(
@@ -110,8 +104,8 @@ def line_sums(
     assert 0 < rows <= ROWS, rows
     positions = torch.arange(seq_len - rows, seq_len, device=q.device)
     where = (q, k_cache, block_table, positions, heads, seq_len)
-    lse = row_denominators(*where, scale=scale, k_scale=k_scale)
-    scales, strides, options = _launch_arguments(q, k_cache, scale, k_scale)
+    lse = block_mass(*where, scale=scale, k_scale=k_scale).lse
+    scales, strides, options = launch_arguments(q, k_cache, scale, k_scale)
     by_column, by_distance = lse.new_empty(2, wanted, seq_len)
     _line_sums[(-(-seq_len // 64), wanted)](
         q, k_cache, block_table, heads, lse, by_column, by_distance, seq_len, rows, *scales,

@@ -14,7 +14,8 @@ import triton.language as tl
 
 from .launch import Config, Target, kernel, unspecialized
 
-CHUNK = 128  # list entries handled at once
+CHUNK = 512  # list entries handled at once; each waits for a search through the other list
+PLACE_CHUNK = 1024  # programs whose work is compared at once
 WARPS = 4
 # Numbers and addresses that differ from step to step compile no code of their own.
 COUNTS = unspecialized(
@@ -22,7 +23,7 @@ COUNTS = unspecialized(
     pointers=(
         "block_offsets", "blocks", "column_offsets", "columns", "clean_blocks", "clean_columns",
         "tile_offsets", "pair_offsets", "seq_lens", "query_start_loc", "records", "counts",
-        "offsets", "entries", "merged_columns",
+        "offsets", "entries", "merged_columns", "order",
     ),
 )  # fmt: skip
 
@@ -115,7 +116,7 @@ def _merge_list(
     CHUNK: tl.constexpr,
     FILL: tl.constexpr,
 ):
-    """The union of two lists, the entries that all rows see first: (number of those, of all)."""
+    """The union of two lists, what all rows see first: (number of those, of all)."""
     plain = a_from * 0
     rest = a_from * 0
     for side in range(0, 2):
@@ -285,9 +286,32 @@ def _count_tiles(
         tl.store(count_at + 2 * num_squares, num_columns, mask=chosen)
 
 
+@triton.jit
+def _work_class(counts, program, num_programs):
+    """Work of programs [N] in steps of 14% to 25%, two bits of mantissa; -1 beyond the last."""
+    there = program < num_programs
+    keys = tl.load(counts + program, mask=there, other=0) * 64
+    keys += tl.load(counts + num_programs + program, mask=there, other=0)
+    return tl.where(there, keys.to(tl.float32).to(tl.int32, bitcast=True) >> 21, -1)
+
+
+@triton.jit
+def _place(counts, program, num_programs, CHUNK: tl.constexpr):
+    """How many programs have more work, or as much and come later."""
+    mine = _work_class(counts, program, num_programs)
+    place = tl.zeros([CHUNK], tl.int32)
+    for first in range(0, num_programs, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        work = _work_class(counts, other, num_programs)
+        place += ((work > mine) | ((work == mine) & (other > program))).to(tl.int32)
+    return tl.sum(place, 0)
+
+
 @triton.jit(**COUNTS)
 def _fill_tiles(
     records,
+    counts,  # i32 [2, programs], entries and columns of each program
+    order,  # i32 [programs]: the programs with the most work first
     offsets,  # i32 [2, programs], where each program's entries and columns begin
     tile_offsets,
     query_start_loc,
@@ -302,9 +326,12 @@ def _fill_tiles(
     num_heads,
     num_programs,
     CHUNK: tl.constexpr,
+    PLACE_CHUNK: tl.constexpr,
 ):
-    """One record's lists: the union of its halves', what all rows see first."""
+    """One record's lists, the union of its halves', what all rows see first; and its turn: of tiles
+    of alike work the last come first, as neighbours read the same keys."""
     program = tl.program_id(0)
+    tl.store(order + _place(counts, program, num_programs, PLACE_CHUNK), program)
     record = records + program.to(tl.int64) * 8
     sequence = tl.load(record)
     if sequence < 0:
@@ -366,7 +393,8 @@ def _count_configs(target: Target) -> Iterator[Config]:
 @kernel(_fill_tiles)
 def _fill_configs(target: Target) -> Iterator[Config]:
     pointers = (
-        "records", "offsets", "tile_offsets", "query_start_loc", "seq_lens", *_LISTS, "entries",
-        "merged_columns",
+        "records", "counts", "order", "offsets", "tile_offsets", "query_start_loc", "seq_lens",
+        *_LISTS, "entries", "merged_columns",
     )  # fmt: skip
-    yield _config("lists", pointers, ("window", "num_heads", "num_programs"))
+    names = ("window", "num_heads", "num_programs")
+    yield _config("lists", pointers, names, PLACE_CHUNK=PLACE_CHUNK)

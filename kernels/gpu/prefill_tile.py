@@ -83,7 +83,7 @@ def _entry(i, entries, first, plain_from, plain, count, DENSE: tl.constexpr):
     **unspecialized(
         numbers=("window", "table_row", "num_heads"),
         pointers=(
-            "lse", "sinks", "block_table", "query_start_loc", "seq_lens", "records",
+            "lse", "sinks", "block_table", "query_start_loc", "seq_lens", "records", "order",
             "entry_offsets", "entries", "column_offsets", "columns", "k_scale", "v_scale",
         ),
     )
@@ -99,6 +99,7 @@ def _sparse_prefill(
     query_start_loc,  # i32 [S + 1]
     seq_lens,  # i32 [S]
     records,  # i32 [programs, RECORD]
+    order,  # i32 [programs], those with the most keys first; not read without lists
     entry_offsets,  # i32 [programs], of the tile's first entry; without lists its first block
     entries,  # i32, 4 block + halves
     column_offsets,  # i32 [programs]; without lists the first plain block
@@ -127,8 +128,12 @@ def _sparse_prefill(
 ):
     HALF: tl.constexpr = 64
     BLOCK: tl.constexpr = 64
-    # The last programs have the most keys: begin with them.
-    program = tl.num_programs(0) - 1 - tl.program_id(0)
+    # Begin with the most keys, or a long tile is alone in the last wave. Without lists the last
+    # programs have them.
+    if DENSE:
+        program = tl.num_programs(0) - 1 - tl.program_id(0)
+    else:
+        program = tl.load(order + tl.program_id(0))
     record = records + program.to(tl.int64) * 8
     sequence = tl.load(record)
     if sequence < 0:
@@ -254,9 +259,9 @@ def _sparse_prefill(
 
 SIGNATURE = {
     "out": "q", "lse": "*fp32", "sinks": "*fp32", "block_table": "*i32",
-    "query_start_loc": "*i32", "seq_lens": "*i32", "records": "*i32", "entry_offsets": "*i32",
-    "entries": "*i32", "column_offsets": "*i32", "columns": "*i32", "scale_log2": "fp32",
-    "window": "i32", "table_row": "i32", "num_heads": "i32",
+    "query_start_loc": "*i32", "seq_lens": "*i32", "records": "*i32", "order": "*i32",
+    "entry_offsets": "*i32", "entries": "*i32", "column_offsets": "*i32", "columns": "*i32",
+    "scale_log2": "fp32", "window": "i32", "table_row": "i32", "num_heads": "i32",
 }  # fmt: skip
 STRIDES = (
     "q_row", "q_head", "kv_page", "kv_head_stride", "kv_row", "out_row", "out_head",

@@ -32,7 +32,7 @@ from .body_mass import (
 from .launch import Config, Target, kernel
 
 GROUPS = 3
-SORTED_CHUNK = 512  # items in order of purchase, handled at once
+SORTED_CHUNK = 512  # items that one program goes over, handled at once
 LEVELS = 64  # BUDGETS and one for never, padded
 LOG_GROWTH = tl.constexpr(math.log(GROWTH))
 SPREAD = tl.constexpr(NEIGHBOUR)
@@ -64,8 +64,9 @@ def _value_items(
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Of one head and group of rows: what each item is worth for what it costs."""
-    head, group = tl.program_id(0), tl.program_id(1)
+    """Of one head and group of rows: what some items, all diagonals or all columns, are worth for
+    what they cost."""
+    head, group, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     s = tl.arange(0, ROWS)
     # An odd row, where there is one, is in the third group only.
     mine = s * 0 + group
@@ -74,7 +75,8 @@ def _value_items(
     row = head.to(tl.int64) * num_rows + s
     rows = blocks + row * num_blocks
     into = value + (head.to(tl.int64) * 3 + group) * (num_blocks + num_columns)
-    for first in range(0, num_blocks, CHUNK):
+    first = part * CHUNK
+    if first < num_blocks:
         o = first + tl.arange(0, CHUNK)
         # A diagonal of tokens crosses two or three of blocks: some goes to the neighbours.
         worth = tl.sum(offset_mass(rows, last, is_row, o), 0)
@@ -85,8 +87,8 @@ def _value_items(
         cost = offset_cost(o, top, body)
         bought = tl.where(cost > 0, worth / tl.where(cost > 0, cost, 1.0), 0.0)
         tl.store(into + o, bought, mask=o < num_blocks)
-    for first in range(0, num_columns, CHUNK):
-        i = first + tl.arange(0, CHUNK)
+    else:
+        i = (part - tl.cdiv(num_blocks, CHUNK)) * CHUNK + tl.arange(0, CHUNK)
         inside = i < num_columns
         at = row[:, None] * num_columns + i[None, :]
         mass = tl.load(column_mass + at, mask=is_row[:, None] & inside[None, :], other=0.0)
@@ -251,7 +253,7 @@ def _cover_configs(target: Target) -> Iterator[Config]:
 
 @kernel(_buy_items)
 def _buy_configs(target: Target) -> Iterator[Config]:
-    yield from _configs(_buy_items, {"ROWS": ROWS, "CHUNK": CHUNK, "LEVELS": LEVELS})
+    yield from _configs(_buy_items, {"ROWS": ROWS, "CHUNK": SORTED_CHUNK, "LEVELS": LEVELS})
 
 
 def search_columns(
@@ -281,7 +283,8 @@ def search_columns(
     body, columns, column_mass = sampled.body, columns.contiguous(), column_mass.contiguous()
     value = coverage.new_empty(heads, GROUPS, blocks + width)
     where = (sampled.blocks.contiguous(), sampled.row_tile, columns, column_mass)
-    _value_items[(heads, GROUPS)](
+    parts = -(-blocks // CHUNK) + -(-width // CHUNK)
+    _value_items[(heads, GROUPS, parts)](
         *where, value, rows, blocks, width, start, top, body, ROWS=ROWS, CHUNK=CHUNK, **OPTIONS
     )
     value, order = value.sort(dim=-1, descending=True, stable=True)
@@ -297,6 +300,6 @@ def search_columns(
     best = coverage.new_empty(heads, dtype=torch.int32)
     _buy_items[(heads,)](
         covered, level, columns, coverage, cost, best, rows, blocks, width, start, top, body,
-        float(base_cost), ROWS=ROWS, CHUNK=CHUNK, LEVELS=LEVELS, **OPTIONS,
+        float(base_cost), ROWS=ROWS, CHUNK=SORTED_CHUNK, LEVELS=LEVELS, **OPTIONS,
     )  # fmt: skip
     return cost, level, best

@@ -12,13 +12,11 @@ import triton
 import triton.language as tl
 
 from ..pattern_reference import SampledMass
+from . import launch
 from .body_mass import (
-    CHUNK,
     COUNTS,
-    OPTIONS,
     ROWS,
     STAGES,
-    WARPS,
     base_mass,
     first_of,
     offset_mass,
@@ -27,6 +25,9 @@ from .body_mass import (
     tiles_beyond,
 )
 from .launch import Config, Target, kernel
+
+# A program goes over all blocks of a head by itself, and so over many at a time.
+CHUNK, WARPS = 128, 8
 
 
 @triton.jit(**COUNTS)
@@ -144,6 +145,6 @@ def search_window(
         sampled.blocks.contiguous(), sampled.row_tile, few.blocks.contiguous(),
         few_squares.contiguous(), few.row_tile, coverage, cost, offset, dense, rows,
         few.blocks.shape[1], blocks, top, sampled.body, float(base_cost), float(most_keys),
-        ROWS=ROWS, CHUNK=CHUNK, **OPTIONS,
+        ROWS=ROWS, CHUNK=CHUNK, **launch.options(WARPS, STAGES),
     )  # fmt: skip
     return cost, offset, dense

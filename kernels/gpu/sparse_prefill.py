@@ -71,11 +71,11 @@ def sparse_prefill(
     lists = None if indices is None else _clean(indices, offsets[0], seq_lens)
     packed = _pack(constants, q, query_start_loc, seq_lens, lists, offsets, window)
     warps, stages = prefill_tile.warps_and_stages(target, head_size, k_cache.dtype)
-    records, starts, entries, columns = packed
+    records, order, starts, entries, columns = packed
     programs = records.shape[0]
     prefill_tile._sparse_prefill[(programs,)](
         q, k_cache, v_cache, out, lse, lse if sinks is None else sinks, block_table,
-        query_start_loc, seq_lens, records, starts[0], entries, starts[1], columns,
+        query_start_loc, seq_lens, records, order, starts[0], entries, starts[1], columns,
         *scales, scale * prefill_tile._LOG2E, window,
         q.stride(0), q.stride(1), *k_cache.stride()[:3], out.stride(0), out.stride(1),
         block_table.stride(0), heads,
@@ -123,8 +123,8 @@ def _pack(
     lists: tuple[torch.Tensor, ...] | None,
     offsets: torch.Tensor,
     window: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(records, offsets [2, programs], entries, columns): see `pack_tiles`.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(records, order, offsets [2, programs], entries, columns): see `pack_tiles`.
 
     As many programs as there could be: those beyond the last tile end at once.
     """
@@ -146,14 +146,15 @@ def _pack(
         GROUP=group, EACH=max(constants["KEYS"] // BLOCK, 1), DENSE=dense, **chunk, **options,
     )  # fmt: skip
     if dense:
-        return records, counts, query_start_loc, query_start_loc
+        return records, counts, counts, query_start_loc, query_start_loc
     starts = counts.cumsum(1, dtype=torch.int32) - counts
     entries, columns = (torch.empty_like(x) for x in (lists[1], lists[3]))
+    order = torch.empty_like(counts[0])
     pack_tiles._fill_tiles[(2 * squares,)](
-        records, starts, tile_offsets, query_start_loc, seq_lens, *lists, entries, columns,
-        window, heads, 2 * squares, **chunk, **options,
+        records, counts, order, starts, tile_offsets, query_start_loc, seq_lens, *lists, entries,
+        columns, window, heads, 2 * squares, PLACE_CHUNK=pack_tiles.PLACE_CHUNK, **chunk, **options,
     )  # fmt: skip
-    return records, starts, entries, columns
+    return records, order, starts, entries, columns
 
 
 def check(

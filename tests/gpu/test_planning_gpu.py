@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparse.kernels import BlockIndices, reference
 from vllm_sparse.kernels.gpu import index_lists as index_lists_kernels
-from vllm_sparse.kernels.gpu import launch
-from vllm_sparse.kernels.gpu import row_scores as row_scores_kernels
+from vllm_sparse.kernels.gpu import key_worth, launch
 from vllm_sparse.kernels.gpu.block_means import PageSums, block_means
 from vllm_sparse.kernels.gpu.index_lists import index_lists, index_lists_of
 from vllm_sparse.kernels.gpu.row_scores import row_scores
@@ -27,8 +26,11 @@ from vllm_sparse.planner.device import plan_on_device
 
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16])
 @pytest.mark.parametrize(
-    "n, by_heaviest, base", [(1, False, False), (65, True, True), (300, False, True)]
-)
+    "n, by_heaviest, base", [
+        (1, False, False), (65, True, True), (300, False, True),
+        (1500, True, True),  # more blocks than columns: only the heaviest blocks are looked at
+    ],
+)  # fmt: skip
 def test_row_scores(dtype, n, by_heaviest, base):
     case = make_case([min(n, 10)], [n], heads=4, kv_heads=2, dtype=dtype)
     rows = case.q.shape[0]
@@ -52,6 +54,31 @@ def test_row_scores(dtype, n, by_heaviest, base):
     at = full.columns.argsort(-1).gather(1, got.columns.cpu())
     same = full.column_mass.gather(2, at[:, None].expand(-1, rows, -1))
     torch.testing.assert_close(got.column_mass.cpu(), same, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "group, rows, by_heaviest", [(3, 10, False), (5, 40, False), (9, 20, True)]
+)
+def test_row_scores_of_some_heads_of_odd_groups(group, rows, by_heaviest):
+    """Heads share tiles of rows, of which some are padding and some are heads nobody asked for."""
+    n = 200
+    case = make_case([rows], [n], heads=2 * group, kv_heads=2, dtype=ANY_DTYPE)
+    positions = torch.linspace(3, n - 1, rows).long()
+    heads = torch.tensor([0, 2, *range(group + 1, 2 * group)])
+    wanted = dict(scale=case.scale, columns=n, by_heaviest=by_heaviest, base_from=positions // 64)
+    where = (case.q, case.k_cache, case.block_table[0], positions, heads)
+    want = reference.row_scores(*where, n, **wanted)
+    wanted["base_from"] = to_device(wanted["base_from"])
+    got = row_scores(*map(to_device, where), n, **wanted)
+    torch.testing.assert_close(got.blocks.cpu(), want.blocks, rtol=1e-4, atol=2e-6)
+    masses = []
+    for x in (got, want):
+        order = x.columns.cpu().argsort(-1)
+        masses.append(x.column_mass.cpu().gather(2, order[:, None].expand(-1, rows, -1)))
+        mass = x.column_mass.cpu()
+        worth = mass.amax(1) if by_heaviest else mass.sum(1) - mass.amax(1)
+        assert (worth[:, 1:] <= worth[:, :-1] * 1.001 + 1e-6).all()  # the most worth first
+    torch.testing.assert_close(*masses, rtol=1e-4, atol=2e-6)
 
 
 def test_row_scores_of_a_logit_that_is_not_finite():
@@ -225,7 +252,7 @@ def test_the_host_does_not_look_between_queries_and_output(patterns):
 def on_meta(monkeypatch, run) -> None:
     """Triton's kernels call `run` in place of what they do, and the host's constants are made on
     torch's meta device."""
-    monkeypatch.setattr(type(row_scores_kernels._row_sums), "run", run)
+    monkeypatch.setattr(type(key_worth._key_worth), "run", run)
     for module in (device, index_lists_kernels):
         monkeypatch.setattr(module, "upload", lambda x, where: x.to(where))
 
@@ -286,9 +313,15 @@ def test_planning_stays_on_its_device(patterns, rows, monkeypatch):
 
 # (Triton's, torch's). Launching takes the host some microseconds each time, and an 8K chunk of a
 # layer at 128K should take 2 ms; the same steps in plain torch would be 596 launches.
-@pytest.mark.parametrize("rows, most", [(8192, (30, 11)), (200, (32, 21)), (64, (9, 4))])
-def test_a_layers_plan_is_few_launches(rows, most, monkeypatch):
-    _, launches = planned_on_meta([ADAPTIVE] * 6, rows, 32768, monkeypatch)
+@pytest.mark.parametrize(
+    "rows, length, most",
+    [
+        (8192, 32768, (29, 12)), (8192, 131072, (29, 13)), (200, 32768, (31, 22)),
+        (64, 32768, (9, 5)),
+    ],
+)  # fmt: skip
+def test_a_layers_plan_is_few_launches(rows, length, most, monkeypatch):
+    _, launches = planned_on_meta([ADAPTIVE] * 6, rows, length, monkeypatch)
     assert launches.kernels.total() <= most[0], launches.kernels
     assert launches.others.total() <= most[1], launches.others
 

@@ -9,6 +9,7 @@ from gpu_cases import ANY_DTYPE, BFLOAT16, FLOAT16, FLOAT32, caches_to_device, t
 
 from vllm_sparse.kernels import reference
 from vllm_sparse.kernels.block_indices import BlockIndices
+from vllm_sparse.kernels.gpu import sparse_prefill as kernel
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 
 DTYPES = [FLOAT32, FLOAT16, BFLOAT16]
@@ -126,16 +127,36 @@ def test_a_query_before_all_its_selected_keys():
 @pytest.mark.parametrize("shared", ["heads", "tiles", "nothing"])
 def test_either_pairing_reads_what_each_list_selects(shared):
     """Two tiles of two heads whose lists are alike across heads, across tiles, or not at all."""
-    case = make_case([128], [700], heads=2, kv_heads=1, dtype=ANY_DTYPE)
+    case = make_case([128], [1500], heads=2, kv_heads=1, dtype=ANY_DTYPE)
     generator = torch.Generator().manual_seed(1)
-    mask = torch.rand(2, 2, 11, generator=generator) < 0.5
+    mask = torch.rand(2, 2, 24, generator=generator) < 0.4
     if shared == "heads":
         mask[:, 1] = mask[:, 0]
     elif shared == "tiles":
         mask[1] = mask[0]
-    columns = torch.arange(0, 640, 9, dtype=torch.int32).expand(2, 2, -1)
-    last_key = torch.tensor([635, 699])
+    # More of them outside the blocks than are handled at once.
+    columns = torch.arange(0, 1430, dtype=torch.int32).expand(2, 2, -1)
+    last_key = torch.tensor([1435, 1499])
     check(case, reference.index_lists(mask, columns, last_key))
+
+
+def test_tiles_with_the_most_keys_go_first(monkeypatch):
+    """A head that reads everything beside heads of one block: its tiles are not among the last."""
+    case = make_case([400, 70], [3000, 900], heads=4, kv_heads=2, dtype=ANY_DTYPE)
+    parts = [torch.zeros(7, 4, 47, dtype=torch.bool), torch.zeros(2, 4, 15, dtype=torch.bool)]
+    for mask in parts:
+        mask[:, 1] = True
+        mask[..., 0] = True
+    indices = BlockIndices.cat([BlockIndices.from_masks(mask) for mask in parts])
+    kept = []
+    pack = kernel._pack
+    monkeypatch.setattr(kernel, "_pack", lambda *a: kept.append(pack(*a)) or kept[0])
+    check(case, indices)
+    records, order = kept[0][0].cpu(), kept[0][1].cpu().long()
+    assert order.sort().values.tolist() == list(range(len(records)))
+    keys = torch.where(records[:, 0] < 0, 0, records[:, 6] * 64 + records[:, 7])[order]
+    assert keys[0] > 2900 and (keys[1:] <= keys[:-1] * 1.25).all()
+    assert (keys.cummin(0).values * 1.25 >= keys).all()
 
 
 @pytest.mark.parametrize("window", [1, 64, 100, 1000])
