@@ -93,6 +93,12 @@ STEPS = (
         share=0.5, most_s=120,
     ),
     Step(
+        "shared-prefix", "decode of sequences that begin alike, and what it costs where none do",
+        ("-m", "benchmarks.shared_prefix", "--parts", "gpu", "--json", "{out}/decode.json",
+         "--add", "--batches", "8", "32", "2"),
+        share=0.4, most_s=60,
+    ),
+    Step(
         "break-even", "from which context on sparse prefill pays",
         ("-m", "benchmarks.gpu_break_even", "--json", "{out}/prefill.json", "--add"),
         share=0.5, most_s=60,

@@ -7,9 +7,9 @@ two outputs are compared before they are timed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from benchmarks._form import Row, arguments, publish, require_editable
+from benchmarks._form import Results, Row, addable, arguments, require_editable
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 APART = "each sequence apart"
@@ -109,10 +109,9 @@ def on_gpu(works: dict[str, Callable], rounds: int) -> dict[str, float]:
     return seconds({name: graphed(work)[0] for name, work in works.items()}, rounds)
 
 
-def device_rows(device: str, options) -> list[Row]:
+def device_rows(device: str, options) -> Iterator[Row]:
     import torch
 
-    rows = []
     clock = on_cpu if device == "cpu" else on_gpu
 
     def time(works):
@@ -129,27 +128,28 @@ def device_rows(device: str, options) -> list[Row]:
                 given = (sequences, prefix, options.own, getattr(torch, dtype_name), device)
                 suffix = f"{device}_b{sequences}_{prefix}_{dtype_name}"
                 batch = Batch(*given)
-                rows += rows_of(batch, f"shared_prefix_{suffix}", case, time)
+                yield from rows_of(batch, f"shared_prefix_{suffix}", case, time)
                 found = clock({"find": batch.find, "again": batch.find}, options.rounds)
-                rows.append(
-                    Row.time(f"shared_prefix_find_{suffix}", case, 1e6 * found["find"], "itself",
-                             1e6 * found["again"], unit="us")
+                yield Row.time(
+                    f"shared_prefix_find_{suffix}", case, 1e6 * found["find"], "itself",
+                    1e6 * found["again"], unit="us",
                 )  # fmt: skip
                 if sequences * prefix <= options.tokens:
                     batch = Batch(*given, shares=False)
-                    rows += rows_of(batch, f"shared_prefix_none_{suffix}", case, time)
-    return rows
+                    yield from rows_of(batch, f"shared_prefix_none_{suffix}", case, time)
 
 
-def main() -> None:
-    parser = arguments(__doc__)
+def main() -> int:
+    parser = addable(arguments(__doc__))
+    parser.add_argument("--parts", nargs="+", choices=["cpu", "gpu"], help="default: what is here")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 8, 16])
     parser.add_argument("--prefixes", type=int, nargs="+", default=[1024, 8192, 32768])
     parser.add_argument("--own", type=int, default=256, help="keys of each sequence alone")
     parser.add_argument("--tokens", type=int, default=131072, help="most, where none is shared")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
-    )
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
+        help="on the CPU",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1, help="on the CPU")
     parser.add_argument("--rounds", type=int, default=9, help="the fewest that a median is of")
     options = parser.parse_args()
@@ -160,17 +160,22 @@ def main() -> None:
 
     import torch
 
-    from vllm_sparse.kernels import cpu
+    has_gpu = torch.cuda.is_available()
+    parts = options.parts or ["cpu", *["gpu"] * has_gpu]
+    if "gpu" in parts and not has_gpu:
+        parser.error("--parts gpu: torch finds no GPU here; leave it out")
+    results = Results(options.json, add=options.add)
+    if "cpu" in parts:
+        from vllm_sparse.kernels import cpu
 
-    torch.set_num_threads(options.threads)
-    cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
-    rows = device_rows("cpu", options)
-    if torch.cuda.is_available():
-        rows += device_rows("cuda", options)
-    else:
-        print("No GPU is here: only the CPU's kernel is timed.")
-    publish(rows, options.json)
+        torch.set_num_threads(options.threads)
+        cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+        results.add(device_rows("cpu", options))
+    if "gpu" in parts:
+        results.add(device_rows("cuda", options))
+    results.show()
+    return 1 if results.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
