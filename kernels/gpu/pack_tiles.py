@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .launch import Config, Target, kernel, unspecialized
 
-CHUNK = 512  # list entries handled at once; each waits for a search through the other list
+CHUNK = 256  # list entries handled at once; each waits for a search through the other list
 PLACE_CHUNK = 1024  # programs whose work is compared at once
 WARPS = 4
 # Numbers and addresses that differ from step to step compile no code of their own.

@@ -29,7 +29,7 @@ ROWS = 64  # most rows of a head
 # keys spills 436 bytes on sm_90.
 TILE_ROWS, WIDE_TILE_ROWS = 128, 64
 # Table entries are looked up two steps ahead, keys one.
-WARPS, STAGES = 4, 3
+STAGES = 3
 COUNTS = unspecialized(
     numbers=(
         "seq_len", "num_rows", "blocks_each", "num_columns", "num_heads", "num_chosen",
@@ -139,8 +139,14 @@ def configs(
             yield Config(
                 f"{named(dtype, cache)}-d{head_size}{use}",
                 {**shape(head_size, GROUP, PAGE), **packed, **constants, **no_scales},
-                WARPS, STAGES, signature | scales, serving=True, aligned=frozenset(aligned),
+                warps(head_size), STAGES, signature | scales, serving=True,
+                aligned=frozenset(aligned),
             )  # fmt: skip
+
+
+def warps(head_size: int) -> int:
+    """With 4, head size 256 spills: the worth of FP8 keys 164 bytes on sm_90."""
+    return 4 if head_size <= 128 else 8
 
 
 def shape(head_size: int, group: int, page: int) -> dict[str, int]:
@@ -175,4 +181,4 @@ def launch_arguments(
     """(scales, strides, constants and options)."""
     shaped = shape(q.shape[2], q.shape[1] // k_cache.shape[1], k_cache.shape[2])
     strides = (*q.stride()[:2], *k_cache.stride()[:3])
-    return (k_scale, float(scale)), strides, {**shaped, **launch.options(WARPS, STAGES)}
+    return (k_scale, float(scale)), strides, {**shaped, **launch.options(warps(q.shape[2]), STAGES)}
