@@ -17,7 +17,11 @@ _AT_ONCE = 32  # sequences that a step of counting compares with all others
 PAGES = 128  # that a step of comparing takes
 
 
-@triton.jit(**unspecialized(("num_seqs", "num_tiles", "page_at", "fewest")))
+STEP_NUMBERS = ("num_seqs", "num_tiles", "page_at", "fewest", "table_row")
+STEP_TENSORS = ("block_table", "query_start_loc", "seq_lens")
+
+
+@triton.jit(**unspecialized(STEP_NUMBERS, STEP_TENSORS))
 def _shared_prefixes(
     keys_of,  # i32 [S]
     tile_keys,  # i32 [Z]
@@ -191,5 +195,5 @@ def configs(target: Target) -> Iterator[Config]:
     for seqs in (8, 256):
         yield Config(
             f"{seqs}-sequences", constants(seqs, min(seqs, 16), 16), 4, 1, SIGNATURE, serving=True,
-            aligned=frozenset(k for k, kind in SIGNATURE.items() if kind.startswith("*")),
+            aligned=frozenset({"keys_of", "tile_keys", "members", "sharing"}),
         )  # fmt: skip

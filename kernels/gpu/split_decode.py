@@ -393,6 +393,7 @@ def configs(target: Target) -> Iterator[Config]:
         if form == "prefix":
             signature["out"] = "*fp32"
         aligned = (k for k, kind in signature.items() if kind.startswith("*") or k in STRIDES)
+        aligned = set(aligned) - set(STEP_TENSORS)
         yield Config(
             f"{named(dtype, cache)}-d{head_size}-{form}", made | no_scales, warps, stages,
             signature | scales, serving=True, aligned=frozenset(aligned),

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparse.cuda_runtime import workspace_bytes
 from vllm_sparse.kernels.gpu import index_lists, launch
-from vllm_sparse.kernels.gpu.row_scores import _row_sums
+from vllm_sparse.kernels.gpu.block_sums import _block_sums
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
 from vllm_sparse.planner import device
@@ -63,7 +63,7 @@ FIXED = {
     ],
 )
 def test_vllm_is_shown_what_a_step_takes(chunk, length, seqs, heads, size, kind, monkeypatch):
-    monkeypatch.setattr(type(_row_sums), "run", lambda *a, **k: None)
+    monkeypatch.setattr(type(_block_sums), "run", lambda *a, **k: None)
     monkeypatch.setattr(launch, "target_of", lambda on: launch.TARGETS["sm_90"])
     for module in (device, index_lists):
         monkeypatch.setattr(module, "upload", lambda x, on: x.to(on))
