@@ -37,8 +37,12 @@ def test_a_layer_that_is_dense_has_no_say_in_the_break_even(layer, monkeypatch):
     made = layer(break_even=5000)
     with_window = SimpleNamespace(
         impl=SimpleNamespace(
-            always_dense=True, break_even=BreakEven.given(0), counters=None, settle=lambda *a: None
-        )
+            always_dense=True,
+            break_even=BreakEven.given(0),
+            counters=None,
+            members=0,
+            settle=lambda *a: None,
+        )  # fmt: skip
     )
     layers = {"model.layers.1.attn": with_window, NAME: made.layer}
     monkeypatch.setattr(cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers)
