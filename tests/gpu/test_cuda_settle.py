@@ -42,7 +42,7 @@ def test_a_layer_that_is_dense_has_no_say_in_the_break_even(layer, monkeypatch):
             counters=None,
             members=0,
             settle=lambda *a: None,
-        )  # fmt: skip
+        )
     )
     layers = {"model.layers.1.attn": with_window, NAME: made.layer}
     monkeypatch.setattr(cuda_metadata, "get_layers_from_vllm_config", lambda *a, **k: layers)
