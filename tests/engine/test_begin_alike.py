@@ -9,7 +9,7 @@ import torch
 from engine_run import DENSE, EVERYTHING, prompt, run
 from paged_layer import PagedLayer
 
-from vllm_sparse import metadata
+from vllm_sparse import impl, metadata
 from vllm_sparse.kernels.shared_prefix import shared_prefixes
 from vllm_sparse.stats import STATS
 
@@ -44,6 +44,7 @@ def test_the_tokens_are_those_of_the_dense_backend(llama):
 @pytest.mark.parametrize("shared_prefix", [None, False])
 def test_it_can_be_turned_off(llama, shared_prefix, monkeypatch):
     """Also that a step of decodes and a prompt shares among the decodes, and nothing else."""
+    monkeypatch.setattr(impl, "get_tensor_model_parallel_rank", lambda: 0)
     monkeypatch.setattr(metadata, "shared_prefixes", functools.partial(shared_prefixes, fewest=64))
     settings = {"coverage": 1.0, "break_even": 0, "shared_prefix": shared_prefix}
     layer = PagedLayer(
