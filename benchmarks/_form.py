@@ -158,6 +158,11 @@ def require_editable(root: Path = ROOT) -> None:
         )
 
 
+def needs_a_gpu(command: str) -> str:
+    """What a benchmark says where there is none."""
+    return f"{command} needs an NVIDIA GPU, and torch finds none here"
+
+
 def machine() -> dict[str, Any]:
     """What the rows were measured on."""
     model, flags = "", []
@@ -254,10 +259,10 @@ class Results:
     def _write(self) -> None:
         if self.path is None:
             return
+        from vllm_sparse.files import write_whole
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(self.path.name + ".part")
-        partial.write_text(json.dumps(self.form(), indent=2, allow_nan=False) + "\n")
-        partial.replace(self.path)
+        write_whole(self.path, json.dumps(self.form(), indent=2, allow_nan=False) + "\n")
 
 
 def publish(rows: Iterable[Row], json_path: Path | None = None) -> dict[str, Any]:

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-NEEDS_A_GPU = "benchmarks._gpu_smoke needs an NVIDIA GPU, and torch finds none here"
+from benchmarks._form import ROOT, needs_a_gpu
+
+NEEDS_A_GPU = needs_a_gpu("benchmarks._gpu_smoke")
 NEEDS_PYTEST = "benchmarks._gpu_smoke needs pytest, which is not installed: pip install pytest"
 SPARE_CORES = 4  # for what the suite runs beside it
 TEST_TIMEOUT_S = 60

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from benchmarks._form import Results, Row, addable, arguments, require_editable
+from benchmarks._form import Results, Row, addable, arguments, needs_a_gpu, require_editable
 
-NEEDS_A_GPU = "benchmarks.decode --parts gpu needs an NVIDIA GPU, and torch finds none here"
+NEEDS_A_GPU = needs_a_gpu("benchmarks.decode --parts gpu")
 PAGE, HEAD_SIZE = 128, 128
 VLLM, STREAM, ONLINE = "vLLM CPU attention", "read STREAM", "ours, online"
 SHORTEST_S = 0.3  # that each contender is timed for, at least

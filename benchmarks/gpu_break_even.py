@@ -12,9 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks._form import Results, Row, addable, arguments, require_editable
+from benchmarks._form import Results, Row, addable, arguments, needs_a_gpu, require_editable
 
-NEEDS_A_GPU = "benchmarks.gpu_break_even needs an NVIDIA GPU, and torch finds none here"
+NEEDS_A_GPU = needs_a_gpu("benchmarks.gpu_break_even")
 HEADS = {"32/8": (32, 8), "8/2": (8, 2)}
 HEAD_SIZE, PAGE = 128, 16
 BUDGET_S = 10.0  # of the paths' own seconds; serving takes 2

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._engines import checkpoint
-from benchmarks._form import ROOT, Results, Row, addable, arguments, require_editable
+from benchmarks._form import ROOT, Results, Row, addable, arguments, needs_a_gpu, require_editable
 from benchmarks._process import Child, stop_tree
 
-NEEDS_A_GPU = "benchmarks.gpu_engine needs an NVIDIA GPU, and torch finds none here"
+NEEDS_A_GPU = needs_a_gpu("benchmarks.gpu_engine")
 CHILD = "benchmarks._engine_child"
 LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768, "64k": 65536, "120k": 122880}
 CHUNK = 8192

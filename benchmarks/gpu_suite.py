@@ -20,11 +20,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks._form import ROOT, arguments, machine, require_editable, versions
+from benchmarks._form import ROOT, arguments, machine, needs_a_gpu, require_editable, versions
 from benchmarks._gpu_steps import STEPS, Step
 from benchmarks._process import stop_tree
 
-NEEDS_A_GPU = "benchmarks.gpu_suite needs an NVIDIA GPU, and torch finds none here"
+NEEDS_A_GPU = needs_a_gpu("benchmarks.gpu_suite")
 NAME = "suite.json"
 LOG = "suite.log"
 RESERVE_S = 5.0  # for the table, at the end
@@ -121,11 +121,12 @@ class Suite:
         return outcome
 
     def _note(self, outcome: Outcome) -> None:
+        from vllm_sparse.files import write_whole
+
         self.outcomes[outcome.name] = outcome
         steps = [asdict(one) for one in self.outcomes.values()]
-        partial = self.out / f"{NAME}.part"
-        partial.write_text(json.dumps({**self.about, "steps": steps}, indent=2) + "\n")
-        partial.replace(self.out / NAME)
+        text = json.dumps({**self.about, "steps": steps}, indent=2) + "\n"
+        write_whole(self.out / NAME, text)
 
 
 def _started(arguments: Sequence[str], log: TextIO | int) -> subprocess.Popen:

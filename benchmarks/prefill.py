@@ -15,11 +15,11 @@ from pathlib import Path
 
 from . import _prefill_problem
 from ._engines import checkpoint, import_examples
-from ._form import Results, Row, addable, arguments, require_editable
+from ._form import Results, Row, addable, arguments, needs_a_gpu, require_editable
 from ._gpu_clock import AHEAD, measured
 from ._prefill_problem import DENSE_ERROR, Checked, Paged
 
-NEEDS_A_GPU = "benchmarks.prefill needs an NVIDIA GPU, and torch finds none here"
+NEEDS_A_GPU = needs_a_gpu("benchmarks.prefill")
 LENGTHS = {f"{n}k": n * 1024 for n in (4, 8, 16, 32, 64, 128, 256, 512)} | {"1m": 1 << 20}
 PEERS = ("fa3", "cudnn", "flash", "triton", "xformers", "flex")
 CACHES = ("auto", "fp8")
