@@ -15,10 +15,23 @@ from .launch import Config, Target, kernel, unspecialized
 
 _AT_ONCE = 32  # sequences that a step of counting compares with all others
 PAGES = 128  # that a step of comparing takes
-
-
 STEP_NUMBERS = ("num_seqs", "num_tiles", "page_at", "fewest", "table_row")
 STEP_TENSORS = ("block_table", "query_start_loc", "seq_lens")
+
+
+@triton.jit
+def _groups(
+    s, block_table, query_start_loc, seq_lens, num_seqs, page_at, table_row, none,
+    PAGE: tl.constexpr,
+):  # fmt: skip
+    """Of sequences s: pages before their first queries, and their groups; `none`: of no group."""
+    is_seq = s < num_seqs
+    lens = tl.load(seq_lens + s, mask=is_seq, other=0)
+    queries = tl.load(query_start_loc + s + 1, mask=is_seq, other=0)
+    queries -= tl.load(query_start_loc + s, mask=is_seq, other=0)
+    complete = tl.where(queries > 0, (lens - queries) // PAGE, 0)
+    at = block_table + s.to(tl.int64) * table_row + page_at
+    return complete, tl.load(at, mask=complete > page_at, other=none)
 
 
 @triton.jit(**unspecialized(STEP_NUMBERS, STEP_TENSORS))
@@ -46,25 +59,19 @@ def _shared_prefixes(
     is in none writes for itself. See `..shared_prefix.shared_prefixes`."""
     me = tl.program_id(0)
     s = tl.arange(0, SEQS)
-    is_seq = s < num_seqs
-    lens = tl.load(seq_lens + s, mask=is_seq, other=0)
-    queries = tl.load(query_start_loc + s + 1, mask=is_seq, other=0)
-    queries -= tl.load(query_start_loc + s, mask=is_seq, other=0)
-    complete = tl.where(queries > 0, (lens - queries) // PAGE, 0)
+    complete, group = _groups(
+        s, block_table, query_start_loc, seq_lens, num_seqs, page_at, table_row, -1, PAGE
+    )
     able = complete > page_at
-    group = tl.load(block_table + s.to(tl.int64) * table_row + page_at, mask=able, other=-1)
 
     # Of each sequence: how many of its group come before it, and how many there are.
     rank = tl.zeros([SEQS], tl.int32)
     size = tl.zeros([SEQS], tl.int32)
     for first in range(0, num_seqs, AT_ONCE):
         j = first + tl.arange(0, AT_ONCE)
-        is_j = j < num_seqs
-        j_lens = tl.load(seq_lens + j, mask=is_j, other=0)
-        j_queries = tl.load(query_start_loc + j + 1, mask=is_j, other=0)
-        j_queries -= tl.load(query_start_loc + j, mask=is_j, other=0)
-        j_able = tl.where(j_queries > 0, (j_lens - j_queries) // PAGE, 0) > page_at
-        j_group = tl.load(block_table + j.to(tl.int64) * table_row + page_at, mask=j_able, other=-2)
+        _, j_group = _groups(
+            j, block_table, query_start_loc, seq_lens, num_seqs, page_at, table_row, -2, PAGE
+        )
         same = (group[:, None] == j_group[None, :]).to(tl.int32)
         size += tl.sum(same, 1)
         rank += tl.sum(tl.where(j[None, :] < s[:, None], same, 0), 1)
