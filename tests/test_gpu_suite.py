@@ -355,8 +355,9 @@ def test_every_test_of_the_smoke_step_is_there():
     """A name that is gone would keep pytest from running any of them."""
     wanted = [one for file in _gpu_smoke.CHOICE for one in _gpu_smoke.tests(file)]
     assert len(set(wanted)) == len(wanted) > 50
+    own = Path(sys.executable).with_name("pytest")
     done = subprocess.run(
-        ["pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *wanted],
+        [own, "--collect-only", "-q", "-p", "no:cacheprovider", *wanted],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
