@@ -1,5 +1,5 @@
-"""The parts of the decode kernel: how many splits pay, the sums over a range of keys in each
-softmax mode, and how partial results join."""
+"""The parts of the decode kernel: how many splits pay, and the sums over a range of keys in each
+softmax mode."""
 
 from __future__ import annotations
 
@@ -132,14 +132,3 @@ def _sums(
     else:
         top_of = base
     return base, top_of, total, acc
-
-
-@triton.jit
-def _join(base, total, acc, other_lse, other_out, scale_log2):
-    """Add a part that is normalised: its lse [M], in the unit of the base, and out [M, D]."""
-    own = tl.where(total > 0, base, float("-inf"))
-    top = tl.maximum(own, other_lse)
-    finite = tl.where(top == float("-inf"), 0.0, top)
-    mine = tl.math.exp2((own - finite) * scale_log2)
-    its = tl.math.exp2((other_lse - finite) * scale_log2)
-    return finite, total * mine + its, acc * mine[:, None] + other_out * its[:, None]

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .decode_sums import HIGH, LOWEST_SUM, _join, _sums, _tiles_of_chunk
+from .decode_join import _join, _join_splits
+from .decode_sums import HIGH, LOWEST_SUM, _sums, _tiles_of_chunk
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -35,6 +36,7 @@ from .launch import (
 
 MAX_SPLITS = 128
 MAX_ROWS = 64
+JOINED = 32  # numbers of partial results that a thread of the last program joins at once
 ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 
 
@@ -87,7 +89,9 @@ def _split_decode(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     ROW_TILES: tl.constexpr,
+    USED: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     SEQS: tl.constexpr,
     MODE: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -178,10 +182,6 @@ def _split_decode(
                 PAGE, False, 1,
             )  # fmt: skip
 
-    # Over the whole row, however its keys were split: how far above phi, and how much in all.
-    excess = (base - base_of) * scale_log2
-    unified_sum = total * tl.math.exp2(tl.minimum(excess, 115.0))
-    unified_sum = tl.where(total > 0, unified_sum, 0.0)
     last = 0
     if splits > 1:
         place = (sequence * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
@@ -195,37 +195,12 @@ def _split_decode(
         if arrived == splits - 1:
             last = 1
             tl.store(arrivals + place, 0)
-            s = tl.arange(0, SPLITS)
-            all_of = (place * SPLITS + s[:, None]) * ROWS + r[None, :]
-            bases = tl.load(
-                partial_sum + all_of, mask=s[:, None] < splits, other=float("-inf"),
-                cache_modifier=".cg",
+            u = tl.arange(0, USED)
+            used = is_row if MEMBERS else (row_tile * ROWS + u) // GROUP < query_len
+            base, total, acc = _join_splits(
+                partial_acc, partial_sum, all_slots, place, splits, used, scale_log2, is_d, ROWS,
+                USED, SPLITS, PARTS, D_PADDED,
             )  # fmt: skip
-            totals = tl.load(
-                partial_sum + all_slots + all_of, mask=s[:, None] < splits, other=0.0,
-                cache_modifier=".cg",
-            )  # fmt: skip
-            bases = tl.where(totals > 0, bases, float("-inf"))
-            base = tl.max(bases, 0)
-            finite = tl.where(base == float("-inf"), 0.0, base)
-            total = tl.sum(totals * tl.math.exp2((bases - finite[None, :]) * scale_log2), 0)
-            if MODE == 2:
-                above = (bases - base_of[None, :]) * scale_log2
-                excess = tl.max(above, 0)
-                unified_sum = tl.sum(totals * tl.math.exp2(tl.minimum(above, 115.0)), 0)
-            acc = tl.zeros([ROWS, D_PADDED], tl.float32)
-            for i in tl.range(0, splits, loop_unroll_factor=4):
-                part = (place * SPLITS + i) * ROWS + r
-                its_base = tl.load(partial_sum + part, cache_modifier=".cg")
-                its_total = tl.load(partial_sum + all_slots + part, cache_modifier=".cg")
-                weight = tl.where(
-                    its_total > 0, tl.math.exp2((its_base - finite) * scale_log2), 0.0
-                )
-                its = tl.load(
-                    partial_acc + part[:, None] * D_PADDED + d[None, :], mask=is_out, other=0.0,
-                    cache_modifier=".cg",
-                )  # fmt: skip
-                acc += weight[:, None] * its
     else:
         last = 1
 
@@ -233,6 +208,10 @@ def _split_decode(
         if v_scale is not None:
             acc = acc * tl.load(v_scale)
         at = row * num_heads + head
+        # Over the whole row, however its keys were split: how far above phi, and how much in all.
+        excess = (base - base_of) * scale_log2
+        unified_sum = total * tl.math.exp2(tl.minimum(excess, 115.0))
+        unified_sum = tl.where(total > 0, unified_sum, 0.0)
         if PREFIX:
             # Of a sequence that shares none there is nothing to read.
             shares = is_row & (prefix + r * 0 > 0)
@@ -317,7 +296,10 @@ def constants(
     rows = group * tokens * max(members, 1)
     most = max_rows(head_size)
     assert rows <= most or not members, (rows, most)
-    rows = min(max(triton.next_power_of_2(rows), 16), most)
+    used = min(triton.next_power_of_2(rows), most)
+    rows = max(used, 16)
+    warps, stages = warps_and_stages(target, rows, mode)
+    parts = min(max(JOINED * target.warp_size * warps // (used * padded), 1), 8)
     return {
         "GROUP": group,
         "D": head_size,
@@ -326,7 +308,9 @@ def constants(
         "KEYS": keys,
         "ROWS": rows,
         "ROW_TILES": 1 if members else triton.cdiv(group * tokens, rows),
+        "USED": used,
         "SPLITS": splits,
+        "PARTS": parts,
         "SEQS": triton.next_power_of_2(seqs),
         "MODE": mode,
         "MEMBERS": members,
@@ -334,7 +318,7 @@ def constants(
         "SINKS": sinks,
         "PREFIX": prefix,
         "WIDE_P": mode == UNIFIED and dtype == torch.float16,
-        "STAGES": warps_and_stages(target, rows, mode)[1],
+        "STAGES": stages,
     }
 
 
