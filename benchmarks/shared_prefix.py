@@ -74,7 +74,10 @@ class Batch:
 
 
 def rows_of(batch: Batch, figure: str, case: dict, time: Callable) -> list[Row]:
-    """`time`: works by name -> seconds by name; works are prepared by it."""
+    """A layer's decode, and the search, which a step makes once for all layers.
+
+    `time`: works by name -> seconds by name; works are prepared by it.
+    """
     shared = batch.find()
     works = {APART: batch.decoder(None), "together": batch.decoder(shared)}
     truth = batch.truth()
@@ -89,11 +92,12 @@ def rows_of(batch: Batch, figure: str, case: dict, time: Callable) -> list[Row]:
         failed = f"off by {error:.2g}, {APART} by {apart:.2g}"
     if failed:
         return [Row.failed(figure, case, failed, peer=APART, unit="us", error=error)]
-    seconds = time(works)
+    seconds = time(works | {"find": batch.find})
+    us = {name: 1e6 * each for name, each in seconds.items()}
     return [
-        Row.time(figure, case, 1e6 * seconds["together"], APART, 1e6 * seconds[APART], unit="us",
-                 error=error)
-    ]  # fmt: skip
+        Row.time(figure, case, us["together"], APART, us[APART], unit="us", error=error),
+        Row.time(f"{figure}_find", case, us["find"], f"a layer, {APART}", us[APART], unit="us"),
+    ]
 
 
 def on_cpu(works: dict[str, Callable], rounds: int) -> dict[str, float]:
@@ -129,11 +133,6 @@ def device_rows(device: str, options) -> Iterator[Row]:
                 suffix = f"{device}_b{sequences}_{prefix}_{dtype_name}"
                 batch = Batch(*given)
                 yield from rows_of(batch, f"shared_prefix_{suffix}", case, time)
-                found = clock({"find": batch.find, "again": batch.find}, options.rounds)
-                yield Row.time(
-                    f"shared_prefix_find_{suffix}", case, 1e6 * found["find"], "itself",
-                    1e6 * found["again"], unit="us",
-                )  # fmt: skip
                 if sequences * prefix <= options.tokens:
                     batch = Batch(*given, shares=False)
                     yield from rows_of(batch, f"shared_prefix_none_{suffix}", case, time)

@@ -15,7 +15,7 @@ from .sparse_prefill import check
 
 EVERY_KEY = 1 << 30  # a window that no sequence reaches
 # Programs of split_decode that an SM holds, by registers and shared memory of its compiled code:
-# 164 x 128 threads and 71 KiB (236 and 39 KiB over an FP8 cache), or 176 x 256 threads (sm_90, head
+# 168 x 128 threads and 71 KiB (237 and 39 KiB over an FP8 cache), or 176 x 256 threads (sm_90, head
 # size 128). Three of the first fit, but not beside what other streams run.
 PROGRAMS_EACH_SM = {4: 2, 8: 1}
 _ON = "{name}: is on {got}, q is on {device}; all must be on the same"
