@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 from ._form import arguments, machine, require_editable, versions
 
@@ -28,32 +30,55 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--serving", action="store_true", help="only the configurations that serving uses"
     )
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--jobs", type=int, default=len(os.sched_getaffinity(0)),
+        help="processes that compile (default: one for each core)",
+    )  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs: got {args.jobs}; give 1 or more")
+    return args
 
 
 def report(args: argparse.Namespace) -> tuple[list[dict], list[str]]:
     """(rows, what did not compile)."""
     from rich.progress import track
 
-    from vllm_sparse.kernels.gpu import aot, launch
+    from vllm_sparse.kernels.gpu import launch
 
     table = launch.kernels()
     targets = _chosen("targets", args.targets, launch.TARGETS)
     kernels = _chosen("kernels", args.kernels, table)
     work = [
-        (kernel, config, target)
+        (kernel.name, config.name, target.name)
         for kernel in kernels
         for target in targets
         for config in (kernel.serving(target) if args.serving else kernel.configs(target))
     ]
-    rows, failed = [], []
-    for kernel, config, target in track(work, "Compiling", disable=not sys.stderr.isatty()):
+    # Compilers hold threads: no fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(args.jobs, len(work) or 1), context) as pool:
         try:
-            rows.append(aot.usage(kernel, config, target).as_json())
-        except Exception as error:  # whatever a compiler raises is a line of the report
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            failed.append(f"{kernel.name} {config.name} for {target.name}: {why[-300:]}")
-    return rows, failed
+            done = pool.map(row_of, work)
+            every = list(track(done, "Compiling", len(work), disable=not sys.stderr.isatty()))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    rows = [row for row in every if isinstance(row, dict)]
+    return rows, [line for line in every if isinstance(line, str)]
+
+
+def row_of(names: tuple[str, str, str]) -> dict | str:
+    """The row of a kernel, its configuration and a target, by their names; or why there is none."""
+    from vllm_sparse.kernels.gpu import aot, launch
+
+    kernel, target = launch.kernels()[names[0]], launch.TARGETS[names[2]]
+    (config,) = (config for config in kernel.configs(target) if config.name == names[1])
+    try:
+        return aot.usage(kernel, config, target).as_json()
+    except Exception as error:  # whatever a compiler raises is a line of the report
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        return f"{kernel.name} {config.name} for {target.name}: {why[-300:]}"
 
 
 def _chosen(name: str, wanted: list[str] | None, known: dict) -> list:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import psutil
@@ -24,13 +24,18 @@ GRACE_S = 12
 class Server:
     """Runs `vllm serve CHECKPOINT ...` on a free local port, its output in a log file.
 
-    Use it in a `with` statement, inside `ends_on_signals()`.
+    Use it in a `with` statement, inside `ends_on_signals()`. `environment` is added to that of this
+    process.
     """
 
-    def __init__(self, checkpoint: Path, log: Path, *arguments: str) -> None:
+    def __init__(
+        self, checkpoint: Path, log: Path, *arguments: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.checkpoint = checkpoint
         self.log = log
         self.arguments = arguments
+        self.environment = dict(environment or {})
         self.url = ""
         self._seen: set[psutil.Process] = set()
 
@@ -50,6 +55,7 @@ class Server:
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "PYTHONUNBUFFERED": "1",
+            **self.environment,
         }
         # It would overrule the size of the KV cache that is asked for.
         environment.pop("VLLM_CPU_KVCACHE_SPACE", None)

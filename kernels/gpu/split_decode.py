@@ -298,6 +298,8 @@ def constants(
     assert rows <= most or not members, (rows, most)
     used = min(triton.next_power_of_2(rows), most)
     rows = max(used, 16)
+    if members:  # few launches, of many rows
+        used = rows
     warps, stages = warps_and_stages(target, rows, mode)
     parts = min(max(JOINED * target.warp_size * warps // (used * padded), 1), 8)
     return {

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from asking import ask
+from engines_beside import on_core
 from retrieval.checkpoint import build_checkpoint
-from retrieval.prompts import averaging_prompt, needle_prompt
+from retrieval.prompts import Question, averaging_prompt, needle_prompt
 from server import Server, ends_on_signals
 
 READY_S = 300
+DTYPES = ("float32", "bfloat16")
 DEPTHS = {1024: [i / 10 for i in range(11)], 4096: [0, 0.25, 0.5, 0.75, 1]}
 DEPTHS[16384] = DEPTHS[4096]
 # The majority's share and the others'; the last one's minority stands nearest to the question.
@@ -28,47 +32,64 @@ def checkpoint(tmp_path_factory) -> Path:
     return build_checkpoint(tmp_path_factory.mktemp("lean"), "lean")
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
-def server(request, checkpoint, tmp_path_factory) -> Iterator[Server]:
+@pytest.fixture(scope="module")
+def servers(checkpoint, tmp_path_factory) -> Iterator[dict[str, Server]]:
+    """By dtype, each on a core of its own."""
     settings = [
-        "--served-model-name", "lean", "--dtype", request.param, "--max-model-len", "16640",
+        "--served-model-name", "lean", "--max-model-len", "16640",
         "--max-num-batched-tokens", "4096", "--kv-cache-memory-bytes", str(512 * 2**20),
-        "--enforce-eager", "--attention-backend", "sparse",
+        "--enforce-eager", "--attention-backend", "sparse", "--dtype",
     ]  # fmt: skip
-    log = tmp_path_factory.mktemp("logs") / f"{request.param}.log"
-    with ends_on_signals(), Server(checkpoint, log, *settings) as server:
-        for _ in server.wait_until_ready(READY_S):
-            pass
-        yield server
-        text = server.log_text()
+    logs = tmp_path_factory.mktemp("logs")
+    with ends_on_signals(), ExitStack() as stack:
+        started = {}
+        for i, dtype in enumerate(DTYPES):
+            server = Server(
+                checkpoint, logs / f"{dtype}.log", *settings, dtype, environment=on_core(i)
+            )
+            started[dtype] = stack.enter_context(server)
+        for server in started.values():
+            for _ in server.wait_until_ready(READY_S):
+                pass
+        yield started
+        texts = [server.log_text() for server in started.values()]
     # What was answered was answered by the sparse path, 16K tokens at a time at least.
-    assert "Sparse attention active: coverage 0.95" in text
-    longest = [int(n) for n in re.findall(r"Sparse prefill: (\d+) tokens", text)]
-    assert max(longest) >= 16000
+    for text in texts:
+        assert "Sparse attention active: coverage 0.95" in text
+        longest = [int(n) for n in re.findall(r"Sparse prefill: (\d+) tokens", text)]
+        assert max(longest) >= 16000
+
+
+def wrong(servers: dict[str, Server], questions: dict[str, Question]) -> list[str]:
+    """Puts all questions to each server, to both at once; what they say that is not right."""
+    with ThreadPoolExecutor(len(servers)) as pool:
+        asked = {
+            (dtype, name): pool.submit(ask, server, question)
+            for name, question in questions.items()
+            for dtype, server in servers.items()
+        }
+        answers = {key: answer.result() for key, answer in asked.items()}
+    return [
+        f"{dtype}, {name}: {answer!r} instead of {questions[name].answer!r}"
+        for (dtype, name), answer in answers.items()
+        if not questions[name].is_right(answer)
+    ]
 
 
 @pytest.mark.parametrize("length", DEPTHS, ids=lambda n: f"{n // 1024}K")
-def test_a_needle_at_every_depth(server, length):
-    questions = [
-        needle_prompt(length, depth, seed=round(100 * depth) + length, distractors=2)
+def test_a_needle_at_every_depth(servers, length):
+    questions = {
+        f"depth {depth}": needle_prompt(
+            length, depth, seed=round(100 * depth) + length, distractors=2
+        )
         for depth in DEPTHS[length]
-    ]
-    answers = [ask(server, question) for question in questions]
-    wrong = [
-        f"depth {depth}: {answer!r} instead of {question.answer!r}"
-        for depth, question, answer in zip(DEPTHS[length], questions, answers, strict=True)
-        if not question.is_right(answer)
-    ]
-    assert not wrong, "; ".join(wrong)
+    }
+    assert wrong(servers, questions) == []
 
 
 @pytest.mark.parametrize("length", DEPTHS, ids=lambda n: f"{n // 1024}K")
-def test_averages_over_the_whole_prompt(server, length):
-    questions = [averaging_prompt(length, seed=i, **kind) for i, kind in enumerate(AVERAGING)]
-    answers = [ask(server, question) for question in questions]
-    wrong = [
-        f"{kind}: {answer!r} instead of {question.answer!r}"
-        for kind, question, answer in zip(AVERAGING, questions, answers, strict=True)
-        if not question.is_right(answer)
-    ]
-    assert not wrong, "; ".join(wrong)
+def test_averages_over_the_whole_prompt(servers, length):
+    questions = {
+        str(kind): averaging_prompt(length, seed=i, **kind) for i, kind in enumerate(AVERAGING)
+    }
+    assert wrong(servers, questions) == []

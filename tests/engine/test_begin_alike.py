@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from engine_run import DENSE, EVERYTHING, prompt, run
+from engines_beside import beside
 from paged_layer import PagedLayer
 
 from vllm_sparse import impl, metadata
@@ -24,14 +25,14 @@ NEW_TOKENS = 24
 SHARING = {0, 1, 3, 4, 5, 7}
 
 
-def generate(llama, **engine):
-    return run(
-        llama, [ALONE, TOGETHER], max_tokens=NEW_TOKENS, max_num_batched_tokens=4096, **engine
-    )
-
-
 def test_the_tokens_are_those_of_the_dense_backend(llama):
-    dense, ours = generate(llama, **DENSE), generate(llama, **EVERYTHING)
+    given = {"max_tokens": NEW_TOKENS, "max_num_batched_tokens": 4096}
+    with beside() as engines:
+        both = [
+            engines.start(run, llama, [ALONE, TOGETHER], **given, **backend)
+            for backend in (DENSE, EVERYTHING)
+        ]
+        dense, ours = (one.result() for one in both)
     assert len({t for tokens in dense.tokens[1] for t in tokens}) > 10, "degenerate model"
     assert ours.tokens == dense.tokens
     assert [n > 1000 for n in ours.cached[1]] == [i in SHARING for i in range(len(TOGETHER))]

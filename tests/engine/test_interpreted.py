@@ -5,6 +5,7 @@ from __future__ import annotations
 import interpreted_engine
 import pytest
 from engine_run import prompt, run
+from engines_beside import beside
 from tiny_models import save_llama
 
 TEXT = prompt(300, 1)
@@ -28,17 +29,23 @@ def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"), layers=2)
 
 
-def interpreted(model, batches, sparse, **engine):
-    return run(
-        model, batches, script=interpreted_engine.FILE, env=interpreted_engine.ENVIRONMENT,
-        attention_backend="sparse", additional_config={"sparse": {"coverage": 1.0, **sparse}},
-        **SIZES | engine,
-    )  # fmt: skip
+def both(model, batches, sparse, **engine):
+    """(vLLM's own backend, ours)"""
+
+    def interpreted(env):
+        return run(
+            model, batches, script=interpreted_engine.FILE,
+            env=env | interpreted_engine.ENVIRONMENT, attention_backend="sparse",
+            additional_config={"sparse": {"coverage": 1.0, **sparse}}, **SIZES | engine,
+        )  # fmt: skip
+
+    with beside() as engines:
+        runs = engines.start(run, model, batches, **SIZES), engines.start(interpreted)
+        return [one.result() for one in runs]
 
 
 def test_tokens_are_those_of_vllms_backend(model):
-    dense = run(model, BATCHES, **SIZES)
-    ours = interpreted(model, BATCHES, {"break_even": 64, "shared_prefix": True})
+    dense, ours = both(model, BATCHES, {"break_even": 64, "shared_prefix": True})
     assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
     assert ours.tokens == dense.tokens
     assert ours.cached[2] == [288, 192, 0]
@@ -57,8 +64,7 @@ def test_speculated_tokens(model):
         "prompt_lookup_min": 1,
     }  # fmt: skip
     batches = [[REPEATS, TEXT]]  # which has half of all tokens: the last one is often among them
-    dense = run(model, batches, **SIZES)
-    ours = interpreted(model, batches, {"break_even": 64}, speculative_config=speculative)
+    dense, ours = both(model, batches, {"break_even": 64}, speculative_config=speculative)
     assert ours.tokens == dense.tokens
     [stats] = ours.stats
     assert stats["decode_rows"] > 2 * (SIZES["max_tokens"] - 1)  # more than one a step

@@ -7,6 +7,7 @@ import re
 
 import pytest
 from engine_run import DENSE, EVERYTHING, prompt, run
+from engines_beside import beside
 
 # What each batch of the two engines shows. Chunks are 512 tokens, pages 128.
 CASES = {
@@ -24,16 +25,36 @@ KV_BYTES = (
 )  # 64 pages of 128 tokens x 4 layers x 2 heads x 2 x 64 x 4 bytes; one is vLLM's null page
 
 
-@pytest.fixture(scope="module")
-def dense(llama):
-    return run(llama, list(CASES.values()), max_tokens=40, kv_cache_memory_bytes=KV_BYTES, **DENSE)
+SHORT = [[prompt(10, 1), prompt(700, 2)]]
+HALVES = {"bfloat16": 16, "float16": 64}  # block sizes
 
 
 @pytest.fixture(scope="module")
-def sparse(llama):
-    return run(
-        llama, list(CASES.values()), max_tokens=40, kv_cache_memory_bytes=KV_BYTES, **EVERYTHING
-    )
+def engines(llama, gemma3):
+    """Runs by name, all but those that take both cores."""
+    cases = {"max_tokens": 40, "kv_cache_memory_bytes": KV_BYTES}
+    sparse = {"attention_backend": "sparse", "additional_config": {"sparse": {"break_even": 0}}}
+    with beside() as engines:
+        yield {
+            "dense": engines.start(run, llama, list(CASES.values()), **cases, **DENSE),
+            "sparse": engines.start(run, llama, list(CASES.values()), **cases, **EVERYTHING),
+            **{
+                dtype: engines.start(run, llama, SHORT, dtype=dtype, block_size=size, **sparse)
+                for dtype, size in HALVES.items()
+            },
+            "gemma": engines.start(run, gemma3, SHORT, **EVERYTHING),
+            "dense gemma": engines.start(run, gemma3, SHORT, **DENSE),
+        }
+
+
+@pytest.fixture(scope="module")
+def dense(engines):
+    return engines["dense"].result()
+
+
+@pytest.fixture(scope="module")
+def sparse(engines):
+    return engines["sparse"].result()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -65,6 +86,22 @@ def test_the_work_is_logged(sparse):
     assert re.search(r"Sparse prefill: \d+ tokens in \d+ chunks .*density 100.0%", sparse.log)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_half_precision_runs(dtype: str, engines):
+    # Equal tokens are no fair demand here: two correct backends differ where logits nearly tie.
+    result = engines[dtype].result()
+    assert result.logprobs_finite
+    assert len({t for tokens in result.tokens[0] for t in tokens}) > 4
+
+
+def test_sliding_window_layers_stay_with_vllm(engines):
+    result = engines["gemma"].result()
+    assert "Sliding-window layers stay with vLLM's own CPU backend" in result.log
+    fallbacks = re.findall(r'"fallbacks": (\{.*?\})', result.log)
+    assert fallbacks[-1] == '{"sliding_window": 4}'
+    assert result.tokens == engines["dense gemma"].result().tokens
+
+
 def test_tensor_parallel(llama, dense):
     cores = sorted(os.sched_getaffinity(0))
     names = ["10", "300", "mixed-8"]
@@ -79,27 +116,3 @@ def test_tensor_parallel(llama, dense):
     )
     assert result.tokens == [dense.tokens[list(CASES).index(n)] for n in names]
     assert len(re.findall("Sparse attention active", result.log)) == 2  # one line a worker
-
-
-@pytest.mark.parametrize("dtype, block_size", [("bfloat16", 16), ("float16", 64)])
-def test_half_precision_runs(dtype: str, block_size: int, llama):
-    # Equal tokens are no fair demand here: two correct backends differ where logits nearly tie.
-    result = run(
-        llama,
-        [[prompt(10, 1), prompt(700, 2)]],
-        dtype=dtype,
-        block_size=block_size,
-        attention_backend="sparse",
-        additional_config={"sparse": {"break_even": 0}},
-    )
-    assert result.logprobs_finite
-    assert len({t for tokens in result.tokens[0] for t in tokens}) > 4
-
-
-def test_sliding_window_layers_stay_with_vllm(gemma3):
-    batches = [[prompt(10, 1), prompt(700, 2)]]
-    result = run(gemma3, batches, **EVERYTHING)
-    assert "Sliding-window layers stay with vLLM's own CPU backend" in result.log
-    fallbacks = re.findall(r'"fallbacks": (\{.*?\})', result.log)
-    assert fallbacks[-1] == '{"sliding_window": 4}'
-    assert result.tokens == run(gemma3, batches, **DENSE).tokens

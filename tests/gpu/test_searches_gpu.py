@@ -141,11 +141,15 @@ def test_line_sums(rows, n, dtype):
 
 
 # The rows of the last tile, alone and with some of the tile before; first chunk and later ones.
-ENDS = [(64, 700), (1, 129), (100, 100), (130, 1000), (192, 2500)]
+# Mass that is even and ever more uneven, few columns, many and none: seconds each, in pairs.
+ENDS = [
+    (64, 700, 1.0, 40), (64, 700, 1000.0, 300), (1, 129, 1.0, 40), (1, 129, 20.0, 20),
+    (1, 129, 1000.0, 300), (1, 129, 8.0, 0), (100, 100, 20.0, 20), (100, 100, 8.0, 0),
+    (130, 1000, 1000.0, 300), (130, 1000, 1.0, 40), (192, 2500, 20.0, 20), (192, 2500, 8.0, 0),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("query_len, seq_len", ENDS)
-@pytest.mark.parametrize("power, width", [(1.0, 40), (20.0, 20), (1000.0, 300), (8.0, 0)])
+@pytest.mark.parametrize("query_len, seq_len, power, width", ENDS)
 def test_last_rows(query_len, seq_len, power, width):
     rows, heads = min(query_len, 64), 2
     width = min(width, seq_len)
