@@ -25,9 +25,11 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
 }
 
-template <class T>
-inline void prefetch_row(const T* row, int64_t head_size) {
-  for (int64_t d = 0; d < head_size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, 3);
+// Fetches a row into a cache, 3: the first level, 2: the second.
+template <int kLevel, class T>
+__attribute__((always_inline)) inline void fetch_row(const T* row, int64_t head_size) {
+  asm volatile("");  // GCC 12 leaves out calls of what does nothing but prefetch
+  for (int64_t d = 0; d < head_size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, kLevel);
 }
 
 // Rows of K that are fetched ahead: without, a third of decode was waiting for them (4096 keys in
@@ -163,7 +165,13 @@ inline void decode_block(const SplitScratch& s, const T* const* keys, const T* c
                          int count, int group, int64_t head_size, const float* phi, float growth,
                          float* out, const Ahead& ahead) {
   for_heads(group, [&](int g, auto heads) {
-    decode_score<heads>(s.q + g * head_size, keys, count, head_size, s.scores + g * kBlock, ahead);
+    const float* q = s.q + g * head_size;
+    float* scores = s.scores + g * kBlock;
+    if (g == 0) {
+      decode_score<heads>(q, keys, count, head_size, scores, ahead);
+    } else {
+      decode_score<heads>(q, keys, count, head_size, scores, [](int) {});
+    }
   });
   for (int g = 0; g < group; ++g) {
     float* scores = s.scores + g * kBlock;
@@ -190,7 +198,7 @@ void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int
   const Rows<T> rows(a.kv, w->seq, w->kv_head);
   for (int64_t i = 0; i < count; ++i) s[i].begin(phi, group, head_size, w[i].out);
 
-  constexpr int kRows = kBlock + kAhead;  // the last ones repeated if need be
+  constexpr int kRows = 2 * kBlock;  // of this block and the next
   int64_t positions[kRows];
   const T* keys[kRows];
   const T* values[kRows];
@@ -202,10 +210,13 @@ void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int
     const int found = static_cast<int>(rest < kRows ? rest : kRows);
     for (int n = 0; n < found; ++n) positions[n] = first + n;
     rows.find(positions, found, keys, values);
-    for (int n = found; n < kRows; ++n) keys[n] = keys[found - 1];
+    for (int n = found; n < kRows && n < here + kAhead; ++n) keys[n] = keys[found - 1];
     const auto ahead = [&](int n) {
-      for (int i = n; i < n + 4; ++i) prefetch_row(keys[i + kAhead], head_size);
-      for (int i = n; i < n + 4 && i < here; ++i) prefetch_row(values[i], head_size);
+      for (int i = here + n; i < here + n + 4 && i < found; ++i) {
+        fetch_row<2>(keys[i], head_size);
+        fetch_row<2>(values[i], head_size);
+      }
+      for (int i = n; i < n + 4; ++i) fetch_row<3>(keys[i + kAhead], head_size);
     };
     bool fetched = false;
     for (int64_t i = 0; i < count; ++i) {
