@@ -48,6 +48,10 @@ class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set and links them together."""
 
     def build_extension(self, ext: Extension) -> None:
+        if self.editable_mode:
+            # The extension is optional: where this fails, that of a build before is not to be
+            # taken for it.
+            (ROOT / "kernels" / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
         objects = []
         for source in ext.sources:
             objects += self.compiler.compile(
