@@ -13,15 +13,6 @@ inline int64_t row_offset(const RowView& view, int64_t row, int64_t bytes) {
   return view.segments[row >> view.shift] + within * bytes;
 }
 
-// Fetches memory line by line into the second-level cache; Feed says why there. GCC 12 takes a
-// function of nothing but prefetches for one without effect and leaves calls of it out: the empty
-// asm is an effect.
-__attribute__((always_inline)) inline void fetch_lines(const void* from, int64_t bytes) {
-  asm volatile("");
-  const char* at = static_cast<const char*>(from);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
-}
-
 constexpr int64_t kScaleBytes = 2 * sizeof(float);
 
 inline const float* row_scales(const RowView& view, int64_t row) {

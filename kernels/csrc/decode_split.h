@@ -25,13 +25,6 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
   return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
 }
 
-// Fetches a row into a cache, 3: the first level, 2: the second.
-template <int kLevel, class T>
-__attribute__((always_inline)) inline void fetch_row(const T* row, int64_t head_size) {
-  asm volatile("");  // GCC 12 leaves out calls of what does nothing but prefetch
-  for (int64_t d = 0; d < head_size; d += 64 / sizeof(T)) __builtin_prefetch(row + d, 0, kLevel);
-}
-
 // Rows of K that are fetched into the first-level cache ahead: without, a third of decode was
 // waiting for them (4096 keys in bf16, D = 128). From memory that is too late, so that the rows of
 // the next block are fetched into the second level as well: at 32K keys decode takes half of the
@@ -196,6 +189,7 @@ template <class T>
 void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int64_t count,
                  const float* phi, float growth, bool* serves) {
   const int64_t head_size = a.shape.head_size;
+  const int64_t row_bytes = head_size * static_cast<int64_t>(sizeof(T));
   const int group = static_cast<int>(a.shape.num_heads / a.shape.num_kv_heads);
   const Rows<T> rows(a.kv, w->seq, w->kv_head);
   for (int64_t i = 0; i < count; ++i) s[i].begin(phi, group, head_size, w[i].out);
@@ -215,10 +209,10 @@ void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int
     for (int n = found; n < kRows; ++n) keys[n] = keys[found - 1];
     const auto ahead = [&](int n) {
       for (int i = here + n; i < here + n + 4 && i < found; ++i) {
-        fetch_row<2>(keys[i], head_size);
-        fetch_row<2>(values[i], head_size);
+        fetch_lines(keys[i], row_bytes);
+        fetch_lines(values[i], row_bytes);
       }
-      for (int i = n; i < n + 4; ++i) fetch_row<3>(keys[i + kAhead], head_size);
+      for (int i = n; i < n + 4; ++i) fetch_lines<3>(keys[i + kAhead], row_bytes);
     };
     bool fetched = false;
     for (int64_t i = 0; i < count; ++i) {
