@@ -30,8 +30,7 @@ class Beside:
             self._numbers.put(number)
 
     def start(self, run: Callable, *arguments, **more) -> Future:
-        """`run` is `engine_run.run` or `engine_steps.run_steps`, or calls one of them with `env`;
-        both end in time."""
+        """`run` is `engine_run.run`, which ends in time, or calls it with the `env` it is given."""
         return self._pool.submit(self._run, run, arguments, more)
 
     def _run(self, run: Callable, arguments: tuple, more: dict):
