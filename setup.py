@@ -37,8 +37,7 @@ SOURCES = [
 ]
 SOURCE_FLAGS = {}
 for isa, flags in ISA_FLAGS.items() if X86 else [("generic", [])]:
-    if isa != "avx512_bf16":
-        SOURCE_FLAGS[f"{CSRC}/attention_{isa}.cpp"] = flags
+    SOURCE_FLAGS[f"{CSRC}/attention_{isa}.cpp"] = flags
     if isa != "amx":
         SOURCE_FLAGS[f"{OFFLOAD_CSRC}/gather_{isa}.cpp"] = flags
 SOURCES += SOURCE_FLAGS

@@ -161,7 +161,7 @@ def _engines(file: Path, length: int) -> Iterator[dict[str, Any]]:
     try:
         for name, config in (("file", {"patterns": str(file)}), ("adaptive", {})):
             started[name] = Engine(
-                CHECKPOINT, length, attention_backend="sparse",
+                CHECKPOINT, length, "float32", attention_backend="sparse",
                 additional_config={"sparse": config},
             )  # fmt: skip
         yield started

@@ -48,12 +48,12 @@ class Series:
 class Engine:
     """vLLM with one backend, in processes of its own."""
 
-    def __init__(self, checkpoint: Path, longest: int, **settings: Any) -> None:
+    def __init__(self, checkpoint: Path, longest: int, dtype: str, **settings: Any) -> None:
         from vllm import LLM, SamplingParams
 
         self.llm = LLM(
             str(checkpoint),
-            dtype="float32",
+            dtype=dtype,
             max_model_len=longest + 16,
             max_num_batched_tokens=CHUNK,
             max_num_seqs=1,
@@ -93,7 +93,7 @@ class Engine:
 
 @contextmanager
 def engines(
-    kind: str, longest: int, config: dict[str, Any], sparse_first: bool
+    kind: str, longest: int, dtype: str, config: dict[str, Any], sparse_first: bool
 ) -> Iterator[tuple[Engine, Engine]]:
     """(sparse, vLLM's own) on a checkpoint of this kind; nothing of them remains afterwards."""
     folder = checkpoint(kind)
@@ -101,7 +101,7 @@ def engines(
     with ended_together() as llms:
         sparse = {"attention_backend": "sparse", "additional_config": {"sparse": config}}
         for settings in (sparse, {}) if sparse_first else ({}, sparse):
-            started.append(Engine(folder, longest, **settings))
+            started.append(Engine(folder, longest, dtype, **settings))
             llms.append(started[-1].llm)
         yield (started[0], started[1]) if sparse_first else (started[1], started[0])
 
@@ -130,7 +130,7 @@ def compare(kind: str, name: str, seeds: range, pair: list[tuple[Engine, Series]
             engine.measure(*prompt(kind, LENGTHS[name], seed), series)
 
 
-def row(kind: str, name: str, ours: Series, theirs: Series, threads: int) -> Row:
+def row(kind: str, name: str, dtype: str, ours: Series, theirs: Series, threads: int) -> Row:
     counts = ours.counts
     busy = counts["index_seconds"] + counts["attention_seconds"]
     repeats = len(ours.wall_s)
@@ -138,7 +138,7 @@ def row(kind: str, name: str, ours: Series, theirs: Series, threads: int) -> Row
         "kind": kind,
         "tokens": LENGTHS[name],
         "chunk": CHUNK,
-        "dtype": "float32",
+        "dtype": dtype,
         "threads": threads,
         "repeats": repeats,
         "ours_cpu_s": statistics.median(ours.cpu_s),
@@ -165,7 +165,7 @@ def row(kind: str, name: str, ours: Series, theirs: Series, threads: int) -> Row
     elif error > TOLERANCE:
         failed = f"the first token's log-probability differs by more than {TOLERANCE}"
     return Row.time(
-        f"ttft_{kind}_{name}",
+        f"ttft_{kind}_{name}" + ("" if dtype == "float32" else f"_{dtype}"),
         case,
         statistics.median(ours.wall_s),
         PEER,
@@ -179,6 +179,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--kind", choices=KINDS, nargs="+", default=list(KINDS))
     parser.add_argument("--lengths", choices=list(LENGTHS), nargs="+", default=list(LENGTHS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--repeats", type=int, help=f"at every length, instead of {REPEATS}")
     parser.add_argument(
         "--rounds",
@@ -199,12 +200,15 @@ def main() -> int:
         longest = max(LENGTHS[name] for name in options.lengths)
         measured = {name: (Series(), Series()) for name in options.lengths}
         for i in range(options.rounds):
-            with engines(kind, longest, options.config, sparse_first=i % 2 == 0) as pair:
+            sparse_first = i % 2 == 0
+            with engines(kind, longest, options.dtype, options.config, sparse_first) as pair:
                 threads = pair[0].probe()["threads"]
                 for name in options.lengths:
                     seeds = range(i, options.repeats or REPEATS[name], options.rounds)
                     compare(kind, name, seeds, list(zip(pair, measured[name], strict=True)))
-        rows += [row(kind, name, *series, threads) for name, series in measured.items()]
+        rows += [
+            row(kind, name, options.dtype, *series, threads) for name, series in measured.items()
+        ]
     publish(rows, options.json)
     return 1 if any(row.ours is None for row in rows) else 0
 

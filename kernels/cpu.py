@@ -22,6 +22,8 @@ logger = logging.getLogger("vllm_sparse.kernels")
 LIBRARY_FILE: Path | None = None
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# Instruction sets that the native kernels are built for, the narrowest first.
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -116,7 +118,7 @@ def native_error() -> str | None:
 
 
 def isa() -> str:
-    """Instruction set of the kernels: amx, avx512, avx2, generic; torch without the extension."""
+    """Instruction set of the kernels, one of ISAS; "torch" without the extension."""
     library = _library()
     return "torch" if isinstance(library, str) else library.vllm_sparse_isa().decode()
 
@@ -130,7 +132,7 @@ def set_isa(name: str) -> None:
     library = _library()
     if isinstance(library, str) or library.vllm_sparse_set_isa(name.encode()) != 0:
         raise ValueError(
-            f"set_isa: {name!r} is not available here; use 'generic', 'avx2', 'avx512' or 'amx', "
+            f"set_isa: {name!r} is not available here; use one of {ISAS}, "
             "and no wider one than this CPU has"
         )
 

@@ -3,34 +3,10 @@
 #pragma once
 
 #include "gather_split.h"
+#include "pairs.h"
 
 namespace vllm_sparse {
 namespace {
-
-// Lane j of the result is the sum of the lanes of acc[j].
-inline __m512 sums_of_16(const __m512* acc) {
-  __m512 pair[8], four[4];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(acc[2 * i], acc[2 * i + 1]),
-                            _mm512_unpackhi_ps(acc[2 * i], acc[2 * i + 1]));
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
-    four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
-                            _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  const __m512 x = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
-                                 _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
-  const __m512 y = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x88),
-                                 _mm512_shuffle_f32x4(four[2], four[3], 0xdd));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
-}
-
-inline __m512bh load_pairs(const BFloat16* p, __mmask32 mask) {
-  return (__m512bh)_mm512_maskz_loadu_epi16(mask, p);
-}
 
 // Heads are taken four, two or one at a time. Values are interleaved by pairs of rows, as the
 // products want them, before they are summed. Where rows follow each other that is done while the
@@ -41,9 +17,9 @@ struct PairedBFloat16 {
   using T = BFloat16;
   const int64_t head_size, stride_;
   const int group;
-  BFloat16* pairs;    // [32, 2 * stride] values of rows 2n and 2n + 1, 16 of each in turn
-  BFloat16* q;        // [G, stride]
-  uint32_t* weights;  // [G, 32] pairs of weights, the row of lower number in the lower half
+  BFloat16* pairs;  // [32, 2 * stride] values of rows 2n and 2n + 1, 16 of each in turn
+  BFloat16* q;      // [G, stride]
+  Pair* weights;    // [G, 32] weights of rows 2n and 2n + 1
 
   static int64_t stride(int64_t head_size) { return (head_size + 31) / 32 * 32; }
   static size_t floats(const Gather& a) {
@@ -56,7 +32,7 @@ struct PairedBFloat16 {
         group(static_cast<int>(a.group)),
         pairs(reinterpret_cast<BFloat16*>(scratch)),
         q(pairs + kBlock * stride_),
-        weights(reinterpret_cast<uint32_t*>(q + group * stride_)) {
+        weights(reinterpret_cast<Pair*>(q + group * stride_)) {
     for (int g = 0; g < group; ++g) {
       for (int64_t d = 0; d < stride_; ++d) {
         from_float(d < head_size ? item.q[g * head_size + d] : 0.0f, q + g * stride_ + d);
@@ -64,14 +40,12 @@ struct PairedBFloat16 {
     }
   }
 
-  __mmask32 mask(int64_t d) const { return head_size - d >= 32 ? ~0u : 0xffffu; }
-
   // Interleaves the values of rows n and n + 1, and fetches as it goes if `feed` is given.
   void take_values(const Chunk<T>& now, Feed* feed, int n) const {
     BFloat16* to = pairs + n * stride_;
     for (int64_t d = 0; d < head_size; d += 32, to += 64) {
-      const __m512i x = (__m512i)load_pairs(now.values[n] + d, mask(d));
-      const __m512i y = (__m512i)load_pairs(now.values[n + 1] + d, mask(d));
+      const __m512i x = (__m512i)load_pairs(now.values[n], d, head_size);
+      const __m512i y = (__m512i)load_pairs(now.values[n + 1], d, head_size);
       _mm512_store_si512(to, _mm512_unpacklo_epi16(x, y));
       _mm512_store_si512(to + 32, _mm512_unpackhi_epi16(x, y));
       if (feed != nullptr) feed->far_two(), feed->near_two();
@@ -87,22 +61,22 @@ struct PairedBFloat16 {
     const int fetches = g0 > 0 ? 0 : now.scattered ? kRows / 2 : kRows / 4;
     for (int n = 0; n < now.count; n += kRows) {
       for (int i = n; take && i < n + kRows; i += 2) take_values(now, &feed, i);
-      __m512 acc[16] = {};
+      Vec acc[16] = {};
       for (int64_t d = 0; d < head_size; d += 32) {
         for (int i = 0; i < fetches; ++i) feed.far_two(), feed.near_two(), feed.near_two();
-        __m512bh y[kHeads];
+        Vec y[kHeads];
 #pragma GCC unroll 4
-        for (int g = 0; g < kHeads; ++g) y[g] = load_pairs(q + (g0 + g) * stride_ + d, ~0u);
+        for (int g = 0; g < kHeads; ++g) y[g] = load_pairs(q + (g0 + g) * stride_, d, stride_);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
-          const __m512bh x = load_pairs(now.keys[n + i] + d, mask(d));
+          const Vec x = load_pairs(now.keys[n + i], d, head_size);
 #pragma GCC unroll 4
           for (int g = 0; g < kHeads; ++g) {
-            acc[g * kRows + i] = _mm512_dpbf16_ps(acc[g * kRows + i], x, y[g]);
+            acc[g * kRows + i] = add_product(acc[g * kRows + i], x, y[g]);
           }
         }
       }
-      const __m512 all = sums_of_16(acc);
+      const Vec all = sums_of_16(acc);
       for (int g = 0; g < kHeads; ++g) {
         std::memcpy(scores + (g0 + g) * kBlock + n,
                     reinterpret_cast<const float*>(&all) + g * kRows, kRows * sizeof(float));
@@ -122,39 +96,38 @@ struct PairedBFloat16 {
   void accumulate_heads(const Chunk<T>& now, Feed& feed, int g0, float* out) const {
     const int fetches = g0 > 0 ? 0 : now.scattered ? 2 : 1;
     for (int64_t d = 0; d < stride_; d += 32) {
-      __m512 acc[kHeads][2];
+      Vec acc[kHeads][2];
 #pragma GCC unroll 4
       for (int g = 0; g < kHeads; ++g) {
-        acc[g][0] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d);
-        acc[g][1] = _mm512_loadu_ps(out + (g0 + g) * stride_ + d + 16);
+        acc[g][0] = load(out + (g0 + g) * stride_ + d);
+        acc[g][1] = load(out + (g0 + g) * stride_ + d + 16);
       }
       for (int n = 0; n < now.count; n += 4) {
         for (int i = 0; i < fetches; ++i) feed.far_two();
 #pragma GCC unroll 2
         for (int i = n; i < n + 4; i += 2) {
           const BFloat16* from = pairs + i * stride_ + 2 * d;
-          const __m512bh low = (__m512bh)_mm512_load_si512(from);
-          const __m512bh high = (__m512bh)_mm512_load_si512(from + 32);
+          const Vec first = (Vec)_mm512_load_si512(from);
+          const Vec second = (Vec)_mm512_load_si512(from + 32);
 #pragma GCC unroll 4
           for (int g = 0; g < kHeads; ++g) {
-            const __m512bh p = (__m512bh)_mm512_set1_epi32(weights[(g0 + g) * kBlock / 2 + i / 2]);
-            acc[g][0] = _mm512_dpbf16_ps(acc[g][0], low, p);
-            acc[g][1] = _mm512_dpbf16_ps(acc[g][1], high, p);
+            const Pair p = weights[(g0 + g) * kBlock / 2 + i / 2];
+            acc[g][0] = add_product(acc[g][0], first, p);
+            acc[g][1] = add_product(acc[g][1], second, p);
           }
         }
       }
 #pragma GCC unroll 4
       for (int g = 0; g < kHeads; ++g) {
-        _mm512_storeu_ps(out + (g0 + g) * stride_ + d, acc[g][0]);
-        _mm512_storeu_ps(out + (g0 + g) * stride_ + d + 16, acc[g][1]);
+        store(out + (g0 + g) * stride_ + d, acc[g][0]);
+        store(out + (g0 + g) * stride_ + d + 16, acc[g][1]);
       }
     }
   }
 
   void accumulate(const Chunk<T>& now, Feed& feed, const float* p, float* out) const {
-    for (int i = 0; i < group * kBlock; i += 16) {
-      const __m256bh half = _mm512_cvtneps_pbh(_mm512_loadu_ps(p + i));
-      std::memcpy(weights + i / 2, &half, sizeof(half));
+    for (int i = 0; i < group * kBlock; i += 32) {
+      store_pairs(weights + i / 2, load(p + i), load(p + i + kLanes));
     }
     for_heads(group, [&](int g, auto heads) { accumulate_heads<heads>(now, feed, g, out); });
   }

@@ -78,12 +78,11 @@ struct SplitInt8 {
           }
         }
       }
-      __m512 floats[16];
+      Vec floats[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) floats[i] = _mm512_cvtepi32_ps(acc[i]);
-      const __m512 all = sums_of_16(floats);
+      for (int i = 0; i < 16; ++i) floats[i] = (Vec)_mm512_cvtepi32_ps(acc[i]);
       float sum[16];
-      _mm512_storeu_ps(sum, all);
+      store(sum, sums_of_16(floats));
       for (int g = 0; g < kHeads; ++g) {
         for (int i = 0; i < kRows; ++i) {
           const float upper = sum[g * kRows + i] - high_offset[g0 + g];
@@ -101,7 +100,7 @@ struct SplitInt8 {
   void accumulate(const Chunk<T>& now, Feed&, const float* weights, float* out) const {
     for_heads(group, [&](int g, auto heads) {
       decode_accumulate<heads>(weights + g * kBlock, now.values, now.count, head_size,
-                               out + g * head_size);
+                               out + g * head_size, [](int, int64_t, int) {});
     });
   }
 

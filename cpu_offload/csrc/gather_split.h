@@ -37,7 +37,7 @@ struct Widened {
   void accumulate(const Chunk<T>& now, Feed&, const float* weights, float* out) const {
     for_heads(group, [&](int g, auto heads) {
       decode_accumulate<heads>(weights + g * kBlock, now.values, now.count, head_size,
-                               out + g * head_size);
+                               out + g * head_size, [](int, int64_t, int) {});
     });
   }
 

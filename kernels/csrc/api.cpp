@@ -21,11 +21,12 @@ namespace {
 
 // The kernels that this CPU runs, the best first; ends with null.
 const Kernels* const* available() {
-  static const Kernels* found[5] = {};
+  static const Kernels* found[6] = {};
   static const bool once = [] {
     int n = 0;
 #if defined(__x86_64__)
-    if (have_avx512() && have_amx()) found[n++] = amx_kernels();
+    if (have_avx512_bf16() && have_amx()) found[n++] = amx_kernels();
+    if (have_avx512_bf16()) found[n++] = avx512_bf16_kernels();
     if (have_avx512()) found[n++] = avx512_kernels();
     if (have_avx2()) found[n++] = avx2_kernels();
 #endif

@@ -167,6 +167,7 @@ const Kernels* generic_kernels();
 #if defined(__x86_64__)
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* avx512_bf16_kernels();
 const Kernels* amx_kernels();
 #endif
 

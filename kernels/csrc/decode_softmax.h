@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "vec.h"
+#include "lane_sums.h"
 
 namespace vllm_sparse {
 namespace {
@@ -12,34 +12,6 @@ namespace {
 constexpr float kUnifiedHigh = 48.0f;
 constexpr float kUnifiedLow = -48.0f;
 constexpr float kLazyGrowth = 5.5451774f;  // 8 ln 2
-
-typedef float Quad __attribute__((vector_size(16), may_alias));
-
-// Four partial sums of a vector's lanes.
-inline Quad fold(Vec v) {
-  Quad part[kLanes / 4];
-  std::memcpy(part, &v, sizeof(v));
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] += part[i + width];
-  }
-  return part[0];
-}
-
-inline float horizontal_sum(Vec v) {
-  const Quad q = fold(v);
-  return (q[0] + q[1]) + (q[2] + q[3]);
-}
-
-inline float horizontal_max(Vec v) {
-  Quad part[kLanes / 4];
-  std::memcpy(part, &v, sizeof(v));
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-  }
-  const float a = part[0][0] > part[0][1] ? part[0][0] : part[0][1];
-  const float b = part[0][2] > part[0][3] ? part[0][2] : part[0][3];
-  return a > b ? a : b;
-}
 
 // Turns one head's 64 scores into probabilities against a base that follows their maximum when
 // that has grown by over `growth`: 0 is the online softmax.

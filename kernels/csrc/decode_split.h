@@ -4,105 +4,50 @@
 #pragma once
 
 #include <cmath>
-#include <type_traits>
 #include <vector>
 
+#include "decode_products.h"
 #include "decode_softmax.h"
 #include "rows.h"
-#include "vec.h"
 
 namespace vllm_sparse {
 namespace {
 
-// Query heads whose accumulators fit the registers beside four keys.
-constexpr int kDecodeHeads = kLanes == 16 ? 4 : 2;
+// Up to 64 neighbouring keys of a sequence. What lies behind the last repeats it, so that products
+// may work on whole steps.
+template <class T>
+struct BlockRows {
+  const T* keys[kBlock];
+  const T* values[kBlock];
+  int count = 0;
 
-// The sums of the lanes of four vectors.
-inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
-  const Quad w = fold(a), x = fold(b), y = fold(c), z = fold(d);
-  const Quad wx = __builtin_shufflevector(w, x, 0, 4, 2, 6) + __builtin_shufflevector(w, x, 1, 5, 3, 7);
-  const Quad yz = __builtin_shufflevector(y, z, 0, 4, 2, 6) + __builtin_shufflevector(y, z, 1, 5, 3, 7);
-  return __builtin_shufflevector(wx, yz, 0, 1, 4, 5) + __builtin_shufflevector(wx, yz, 2, 3, 6, 7);
-}
-
-// Rows of K that are fetched into the first-level cache ahead: without, a third of decode was
-// waiting for them (4096 keys in bf16, D = 128). From memory that is too late, so that the rows of
-// the next block are fetched into the second level as well: at 32K keys decode takes half of the
-// time that it takes without.
-constexpr int kAhead = 8;
-
-// scores[g, n] = q[g] . keys[n] for `kGroup` query heads and `count` keys, rounded up to fours.
-// ahead(n) is called before keys n .. n + 3, to fetch what comes later.
-template <int kGroup, class T, class Ahead>
-inline void decode_score(const float* q, const T* const* keys, int count, int64_t head_size,
-                         float* scores, const Ahead& ahead) {
-  for (int n = 0; n < count; n += 4) {
-    ahead(n);
-    Vec acc[kGroup][4] = {};
-    for (int64_t d = 0; d < head_size; d += kLanes) {
-      Vec x[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) x[i] = load_row(keys[n + i] + d);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) {
-        const Vec y = load(q + g * head_size + d);
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[g][i] += y * x[i];
-      }
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
-      const Quad four = sums(acc[g][0], acc[g][1], acc[g][2], acc[g][3]);
-      std::memcpy(scores + g * kBlock + n, &four, sizeof(four));
+  void find(const Rows<T>& rows, int64_t first, int64_t last) {
+    count = static_cast<int>(last - first < kBlock ? (last > first ? last - first : 0) : kBlock);
+    int64_t positions[kBlock];
+    for (int n = 0; n < count; ++n) positions[n] = first + n;
+    rows.find(positions, count, keys, values);
+    for (int n = count; n < kBlock && count > 0; ++n) {
+      keys[n] = keys[count - 1];
+      values[n] = values[count - 1];
     }
   }
-}
 
-// out[g, d ..] += sum_n scores[g, n] * values[n, d ..] for `kGroup` heads and `kSteps` vectors.
-template <int kGroup, int kSteps, class T>
-inline void decode_accumulate_strip(const float* scores, const T* const* values, int count,
-                                    int64_t head_size, int64_t d, float* out) {
-  Vec acc[kGroup][kSteps];
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroup; ++g)
-#pragma GCC unroll 4
-    for (int j = 0; j < kSteps; ++j) acc[g][j] = load(out + g * head_size + d + j * kLanes);
-  for (int n = 0; n < count; ++n) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kSteps; ++j) {
-      const Vec x = load_row(values[n] + d + j * kLanes);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) acc[g][j] += scores[g * kBlock + n] * x;
-    }
+  // Keys n .. n + 3 into the second-level cache, and `dims` numbers of a value: the next block is
+  // fetched while one is worked on, its keys beside scores and its values beside sums. From memory
+  // at 32K keys decode takes half of the time that it takes without, and all of it beside the
+  // scores was 1.3 times as slow in fp32. That the first level has them too gains nothing.
+  void fetch_keys(int n, int64_t head_size) const {
+    const int end = n + 4 < count ? n + 4 : count;
+    for (; n < end; ++n) fetch_lines(keys[n], head_size * sizeof(T));
   }
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroup; ++g)
-#pragma GCC unroll 4
-    for (int j = 0; j < kSteps; ++j) store(out + g * head_size + d + j * kLanes, acc[g][j]);
-}
-
-template <int kGroup, class T>
-inline void decode_accumulate(const float* scores, const T* const* values, int count,
-                              int64_t head_size, float* out) {
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) {
-    decode_accumulate_strip<kGroup, 2>(scores, values, count, head_size, d, out);
+  void fetch_value(int n, int64_t d, int dims) const {
+    if (n < count) fetch_lines(values[n] + d, dims * sizeof(T));
   }
-  if (d < head_size) decode_accumulate_strip<kGroup, 1>(scores, values, count, head_size, d, out);
-}
-
-// Calls step(first head, integral constant of how many) over the group, most heads at a time first.
-template <class Step>
-inline void for_heads(int group, const Step& step) {
-  int g = 0;
-  for (; kDecodeHeads >= 4 && g + 4 <= group; g += 4) step(g, std::integral_constant<int, 4>());
-  for (; g + 2 <= group; g += 2) step(g, std::integral_constant<int, 2>());
-  for (; g < group; ++g) step(g, std::integral_constant<int, 1>());
-}
+};
 
 // What a split works with for one sequence, in the scratch of one thread.
 struct SplitScratch {
-  float* q;            // [G, D], scaled
+  float* q;            // [G, D] of DecodeOperands::Query
   float* scores;       // [G, 64]
   float* base;         // [G] probabilities are exp(score - base)
   float* sum;          // [G]
@@ -154,23 +99,24 @@ struct SplitScratch {
 // given up after 1,024 keys.
 constexpr int kLookBlocks = 16;
 
-// Adds up to 64 keys to the sums of one sequence. ahead as in decode_score.
-template <class T, class Ahead>
-inline void decode_block(const SplitScratch& s, const T* const* keys, const T* const* values,
-                         int count, int group, int64_t head_size, const float* phi, float growth,
-                         float* out, const Ahead& ahead) {
+// Adds a block of keys to the sums of one sequence, and fetches the next block if it is given.
+template <class T>
+inline void decode_block(const Shape& shape, const SplitScratch& s, const BlockRows<T>& now,
+                         const BlockRows<T>* next, int group, const float* phi, float growth,
+                         float* out) {
+  using Operands = DecodeOperands<T>;
+  const int64_t head_size = shape.head_size;
   for_heads(group, [&](int g, auto heads) {
-    const float* q = s.q + g * head_size;
-    float* scores = s.scores + g * kBlock;
-    if (g == 0) {
-      decode_score<heads>(q, keys, count, head_size, scores, ahead);
-    } else {
-      decode_score<heads>(q, keys, count, head_size, scores, [](int) {});
-    }
+    const bool fetch = next != nullptr && g == 0;  // the heads after have them in the caches
+    const auto* q = reinterpret_cast<const typename Operands::Query*>(s.q) + g * head_size;
+    Operands::template score<heads>(shape, q, now.keys, now.count, s.scores + g * kBlock,
+                                    [&](int n) {
+                                      if (fetch) next->fetch_keys(n, head_size);
+                                    });
   });
   for (int g = 0; g < group; ++g) {
     float* scores = s.scores + g * kBlock;
-    for (int n = count; n < kBlock; ++n) scores[n] = -kInf;
+    for (int n = now.count; n < kBlock; ++n) scores[n] = -kInf;
     if (phi != nullptr) {
       unified_softmax_step(scores, phi[g], s.lanes + g);
     } else {
@@ -178,7 +124,11 @@ inline void decode_block(const SplitScratch& s, const T* const* keys, const T* c
     }
   }
   for_heads(group, [&](int g, auto heads) {
-    decode_accumulate<heads>(s.scores + g * kBlock, values, count, head_size, out + g * head_size);
+    const bool fetch = next != nullptr && g == 0;
+    Operands::template accumulate<heads>(s.scores + g * kBlock, now.values, now.count, head_size,
+                                         out + g * head_size, [&](int n, int64_t d, int dims) {
+                                           if (fetch) next->fetch_value(n, d, dims);
+                                         });
   });
 }
 
@@ -189,41 +139,23 @@ template <class T>
 void decode_sums(const Decode& a, const SplitWork* w, const SplitScratch* s, int64_t count,
                  const float* phi, float growth, bool* serves) {
   const int64_t head_size = a.shape.head_size;
-  const int64_t row_bytes = head_size * static_cast<int64_t>(sizeof(T));
   const int group = static_cast<int>(a.shape.num_heads / a.shape.num_kv_heads);
   const Rows<T> rows(a.kv, w->seq, w->kv_head);
   for (int64_t i = 0; i < count; ++i) s[i].begin(phi, group, head_size, w[i].out);
 
-  constexpr int kRows = 2 * kBlock;  // this block's and the next's, the last ones repeated
-  int64_t positions[kRows];
-  const T* keys[kRows];
-  const T* values[kRows];
+  BlockRows<T> blocks[2];
+  blocks[0].find(rows, w->first_key, w->last_key);
+  int turn = 0;
   int64_t left = count;  // whom phi still serves
   int look = kLookBlocks;
-  for (int64_t first = w->first_key; first < w->last_key && left > 0; first += kBlock) {
-    const int64_t rest = w->last_key - first;
-    const int here = static_cast<int>(rest < kBlock ? rest : kBlock);
-    const int found = static_cast<int>(rest < kRows ? rest : kRows);
-    for (int n = 0; n < found; ++n) positions[n] = first + n;
-    rows.find(positions, found, keys, values);
-    for (int n = found; n < kRows; ++n) keys[n] = keys[found - 1];
-    const auto ahead = [&](int n) {
-      for (int i = here + n; i < here + n + 4 && i < found; ++i) {
-        fetch_lines(keys[i], row_bytes);
-        fetch_lines(values[i], row_bytes);
-      }
-      for (int i = n; i < n + 4; ++i) fetch_lines<3>(keys[i + kAhead], row_bytes);
-    };
-    bool fetched = false;
+  for (int64_t first = w->first_key; first < w->last_key && left > 0; first += kBlock, turn ^= 1) {
+    const BlockRows<T>& now = blocks[turn];
+    BlockRows<T>* next = &blocks[turn ^ 1];
+    next->find(rows, first + kBlock, w->last_key);
     for (int64_t i = 0; i < count; ++i) {
       if (!serves[i]) continue;
-      if (!fetched) {
-        decode_block(s[i], keys, values, here, group, head_size, phi, growth, w[i].out, ahead);
-      } else {  // the one before has them in the caches
-        decode_block(s[i], keys, values, here, group, head_size, phi, growth, w[i].out,
-                     [](int) {});
-      }
-      fetched = true;
+      decode_block(a.shape, s[i], now, next, group, phi, growth, w[i].out);
+      next = nullptr;  // fetched
     }
     if (phi != nullptr && --look == 0) {
       look = kLookBlocks;
@@ -250,9 +182,8 @@ void decode_split(const Decode& a, const SplitWork* w, int64_t count, float* scr
     for (int g = 0; g < group; ++g) {
       const T* from = static_cast<const T*>(a.q) + w[i].seq * a.q_row_stride +
                       (w[i].kv_head * group + g) * a.q_head_stride;
-      for (int64_t d = 0; d < head_size; ++d) {
-        s[i].q[g * head_size + d] = to_float(from[d]) * shape.scale;
-      }
+      auto* to = reinterpret_cast<typename DecodeOperands<T>::Query*>(s[i].q) + g * head_size;
+      DecodeOperands<T>::take_query(shape, from, to);
     }
   }
   const float* phi = a.softmax == kUnified ? a.phi + w->kv_head * group : nullptr;

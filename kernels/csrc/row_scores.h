@@ -7,10 +7,8 @@
 // read once more: 4 MiB at 16K keys, 256 bytes a key, for each thread.
 #pragma once
 
-#include <type_traits>
-
 #include "rows.h"
-#include "score_tile.h"
+#include "tile_operands.h"
 #include "top_columns.h"
 
 namespace vllm_sparse {
@@ -35,8 +33,8 @@ struct RowLanes {
 };
 
 struct RowScratch {
-  float* q;         // [D, 64], scaled
-  float* keys;      // [64, D] in fp32; unused where the cache is
+  float* q;         // [D, 64] numbers, or [D / 2, 64] pairs
+  float* keys;      // [64, D] where keys are converted
   float* mass;      // [nb, 64] of each block, against the maximum so far
   float* top;       // [nb, 64] that maximum; at the end what makes shares of the row of it
   float* squares;   // [nb, 64]
@@ -71,6 +69,13 @@ struct RowSums {
   // 1e4, fp32 has four digits left for the logarithm of a sum.
   Vec inverse() const { return select(sum == 0.0f, Vec{}, 1.0f / sum) + poison; }
 };
+
+inline void scale_scores(float* scores, int count, float scale) {
+  if (scale == 1.0f) return;
+  for (int n = 0; n < count; ++n) {
+    store(scores + n * kTile, load(scores + n * kTile) * scale);
+  }
+}
 
 // Adds a block to the sums of one vector of rows, and notes what it added. With kHide, keys beyond
 // `sees` (relative to the block) are hidden from their rows. With `keep`, exponentials replace the
@@ -260,15 +265,7 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
     }
   }
   for (int c = 0; c < lanes.vectors; ++c) {
-    for (int64_t d = 0; d < head_size; d += kLanes) {
-      Vec x[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const T* from = query[c * kLanes + i];
-        x[i] = from == nullptr ? Vec{} : load_row(from + d) * shape.scale;
-      }
-      transpose(x);
-      for (int i = 0; i < kLanes; ++i) store(s.q + (d + i) * kTile + c * kLanes, x[i]);
-    }
+    Operands<T>::pack_queries(shape, query + c * kLanes, s.q + c * kLanes);
   }
   int64_t vector_sees[kVectors], vector_least[kVectors], last_key = -1;
   for (int c = 0; c < lanes.vectors; ++c) {
@@ -297,14 +294,9 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
   };
   int count = find(0);
   for (int64_t first = 0; first <= last_key; first += kBlock) {
-    const float* row[kScoreRows];
+    const typename Operands<T>::Step* row[kScoreRows];
     for (int n = 0; n < count; ++n) {
-      if constexpr (std::is_same_v<T, float>) {
-        row[n] = keys[n];
-      } else {
-        convert_row(keys[n], s.keys + n * head_size, head_size);
-        row[n] = s.keys + n * head_size;
-      }
+      row[n] = Operands<T>::key(keys[n], head_size, s.keys + n * head_size);
     }
     for (int n = count; n < kScoreRows; ++n) row[n] = row[count - 1];
     const int now = count;
@@ -317,8 +309,9 @@ void row_scores(const RowScores& a, const RowWork& w, float* scratch) {
     int begin = 0;
     while (begin < lanes.vectors && vector_sees[begin] < first) ++begin;
     float* scores = s.scores + (a.num_columns > 0 ? first * kTile : 0);
-    score(s.q, row, now, head_size, begin, lanes.vectors, scores, ahead);
+    score(s.q, row, now, head_size / Operands<T>::kNumbers, begin, lanes.vectors, scores, ahead);
     for (int c = begin; c < lanes.vectors; ++c) {
+      scale_scores(scores + c * kLanes, now, Operands<T>::scale(shape));
       const int64_t at = first + c * kLanes;  // first is 64 keys for each block, as kTile is lanes
       const bool want = a.squares != nullptr, keep = a.num_columns > 0;
       if (vector_least[c] >= first + now - 1) {

@@ -1,7 +1,8 @@
-// Scores of up to 64 keys against 64 queries, which lie in the lanes.
+// Scores of up to 64 keys against 64 queries, which lie in the lanes. A step of the head size is one
+// number, or a pair of them.
 #pragma once
 
-#include "vec.h"
+#include "pairs.h"
 
 namespace vllm_sparse {
 namespace {
@@ -28,18 +29,17 @@ struct Ahead {
 };
 
 // scores[i, ..] = sum_d rows[i][d] * q[d, ..] for kCount rows and kWidth vectors of queries.
-template <int kCount, int kWidth>
-inline void score_vectors(const float* q, const float* const* rows, int64_t head_size,
-                          float* scores) {
+template <int kCount, int kWidth, class Step>
+inline void score_vectors(const float* q, const Step* const* rows, int64_t steps, float* scores) {
   Vec acc[kCount][kWidth] = {};
-  for (int64_t d = 0; d < head_size; ++d, q += kTile) {
+  for (int64_t d = 0; d < steps; ++d, q += kTile) {
     Vec x[kWidth];
 #pragma GCC unroll 8
     for (int j = 0; j < kWidth; ++j) x[j] = load(q + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < kWidth; ++j) acc[i][j] += rows[i][d] * x[j];
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = add_product(acc[i][j], x[j], rows[i][d]);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i)
@@ -49,11 +49,12 @@ inline void score_vectors(const float* q, const float* const* rows, int64_t head
 
 // scores[n, :] = sum_d keys[n][d] * q[d, :] for n < count, rounded up to groups of kKeys rows
 // (the caller repeats the last row's pointer there), and for the vectors first .. end - 1.
-inline void score(const float* q, const float* const* keys, int count, int64_t head_size,
-                  int first, int end, float* scores, Ahead& ahead) {
+template <class Step>
+inline void score(const float* q, const Step* const* keys, int count, int64_t steps, int first,
+                  int end, float* scores, Ahead& ahead) {
   for (int n = 0; n < count; n += kKeys) {
     ahead.fetch();
-    const float* row[kKeys];
+    const Step* row[kKeys];
     for (int i = 0; i < kKeys; ++i) row[i] = keys[n + i];
     float* to = scores + n * kTile;
     // Of a whole block fewer than kKeys rows are left at its end: padded they are 3% more work.
@@ -61,13 +62,13 @@ inline void score(const float* q, const float* const* keys, int count, int64_t h
     int c = first;
     for (; c + kVecs <= end; c += kVecs) {
       if (rest) {
-        score_vectors<kRest, kVecs>(q + c * kLanes, row, head_size, to + c * kLanes);
+        score_vectors<kRest, kVecs>(q + c * kLanes, row, steps, to + c * kLanes);
       } else {
-        score_vectors<kKeys, kVecs>(q + c * kLanes, row, head_size, to + c * kLanes);
+        score_vectors<kKeys, kVecs>(q + c * kLanes, row, steps, to + c * kLanes);
       }
     }
     for (; c < end; ++c) {
-      score_vectors<kKeys, 1>(q + c * kLanes, row, head_size, to + c * kLanes);
+      score_vectors<kKeys, 1>(q + c * kLanes, row, steps, to + c * kLanes);
     }
   }
 }

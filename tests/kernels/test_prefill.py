@@ -16,7 +16,7 @@ def available() -> list[str]:
     if cpu.native_error():
         return []
     names = []
-    for name in ("generic", "avx2", "avx512", "amx"):
+    for name in cpu.ISAS:
         try:
             cpu.set_isa(name)
         except ValueError:
