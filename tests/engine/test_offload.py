@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 from engine_run import prompt, run
 from engine_steps import Phase, Steps, run_steps
+from engines_beside import on_two_cores
 
 from vllm_sparse.cpu_offload import numa
 
@@ -110,12 +110,10 @@ def test_counters(offloaded):
 def test_a_request_longer_than_the_device(llama, dense):
     device = {"kv_cache_memory_bytes": 20 * BLOCK_BYTES, "max_model_len": LONGEST}
     assert "KV cache is needed" in run(llama, [[[1]]], expect_failure=True, **device)
-    cores = sorted(os.sched_getaffinity(0))
     device["kv_cache_memory_bytes"] //= 2  # of each rank, which has half of the heads
     names = ["crowd", "preempted", "prefix"]
     result = serve(
-        llama, *names, tensor_parallel_size=2,
-        env={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}, **device, **exact(),
+        llama, *names, tensor_parallel_size=2, env=on_two_cores(), **device, **exact(),
     )  # fmt: skip
     assert result.blocks == 19  # 2,432 tokens
     for name, got in zip(names, result.phases, strict=True):

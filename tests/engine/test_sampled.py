@@ -5,11 +5,11 @@ On the lean retrieval model, whose answers are wrong where rows are read wrongly
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from engine_steps import Phase, Steps, run_steps
+from engines_beside import on_two_cores
 from retrieval.checkpoint import build_checkpoint
 from retrieval.prompts import Question, haystack_ids, needle_prompt
 
@@ -61,11 +61,11 @@ def served(request, lean) -> tuple[str, Steps]:
         "decode": request.param, "window": 256, "rows": ROWS, "resident_layers": [],
         "break_even": 2048, "host_gib": 0.25, **actors,
     }  # fmt: skip
-    ranks, cores = RANKS.get(request.param, 1), sorted(os.sched_getaffinity(0))
+    ranks = RANKS.get(request.param, 1)
     steps = run_steps(
         str(lean), list(PHASES.values()), max_model_len=LENGTH + 100,
         kv_cache_memory_bytes=DEVICE_BLOCKS * BLOCK_BYTES // ranks, tensor_parallel_size=ranks,
-        env={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"} if ranks > 1 else None,
+        env=on_two_cores() if ranks > 1 else None,
         kill_at={12: killed} if killed else None, attention_backend="sparse",
         additional_config={"sparse": settings},
     )  # fmt: skip

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 from engine_run import prompt
 from engine_steps import Steps, run_steps
+from engines_beside import on_two_cores
 
 BLOCK_BYTES = 512 << 10  # 128 tokens x 4 layers x 2 heads x 2 x 64 x 4 bytes
 # 8 requests that prefill for some 26 steps and decode for 60, and what is asked afterwards.
@@ -72,11 +71,9 @@ def test_an_actor_s_region_is_lost_beside_resident_layers(llama, dense):
 
 
 def test_one_rank_of_two_loses_its_store(llama, dense):
-    cores = sorted(os.sched_getaffinity(0))
-    env = {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
     device = {"kv_cache_memory_bytes": 32 * BLOCK_BYTES, "tensor_parallel_size": 2}
     calls = {10: ["pages", 1], 60: ["head", 0]}
-    check(serve(llama, env=env, **device, **lossy(calls)), dense, 2)
+    check(serve(llama, env=on_two_cores(), **device, **lossy(calls)), dense, 2)
 
 
 def test_a_store_that_is_lost_over_and_over_ends_the_engine(llama):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 from engine_run import DENSE, EVERYTHING, prompt, run
-from engines_beside import beside
+from engines_beside import beside, on_two_cores
 
 # What each batch of the two engines shows. Chunks are 512 tokens, pages 128.
 CASES = {
@@ -103,15 +102,13 @@ def test_sliding_window_layers_stay_with_vllm(engines):
 
 
 def test_tensor_parallel(llama, dense):
-    cores = sorted(os.sched_getaffinity(0))
     names = ["10", "300", "mixed-8"]
     result = run(
         llama,
         [CASES[n] for n in names],
         max_tokens=40,
         tensor_parallel_size=2,
-        # vLLM binds one rank to a NUMA node and refuses two on one, unless it is told the cores.
-        env={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"},
+        env=on_two_cores(),
         **EVERYTHING,
     )
     assert result.tokens == [dense.tokens[list(CASES).index(n)] for n in names]

@@ -20,6 +20,15 @@ def on_core(number: int) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": str(cores[number % len(cores)])}
 
 
+def on_two_cores() -> dict[str, str]:
+    """The environment of an engine of two ranks, each with a core of its own.
+
+    vLLM binds one rank to a NUMA node and refuses two on one, unless it is told the cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    return {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"}
+
+
 class Beside:
     """Runs what starts an engine, in threads, the workers of each on a core of their own."""
 
