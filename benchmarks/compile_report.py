@@ -111,9 +111,11 @@ def main(argv: list[str] | None = None) -> int:
     rows, failed = report(args)
     show(rows, failed)
     if args.json is not None:
+        from vllm_sparse.files import write_whole
+
         args.json.parent.mkdir(parents=True, exist_ok=True)
         form = {"machine": machine(), "versions": versions(), "rows": rows, "failed": failed}
-        args.json.write_text(json.dumps(form, indent=2) + "\n")
+        write_whole(args.json, json.dumps(form, indent=2) + "\n")
     return 1 if failed else 0
 
 

@@ -275,8 +275,10 @@ def main(argv: list[str] | None = None, table: Sequence[Step] = STEPS) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     if options.json is not None:
+        from vllm_sparse.files import write_whole
+
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text((options.out / NAME).read_text())
+        write_whole(options.json, (options.out / NAME).read_text())
     show(found, outcomes, options.out)
     return 1 if any(one.bad for one in outcomes) else 0
 
