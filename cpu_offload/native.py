@@ -23,6 +23,8 @@ from .hashing import INCLUSION_STEPS
 from .store import quantise
 
 _DTYPES = {**cpu.DTYPES, torch.int8: 3}
+# Instruction sets of the sampled kernels; matrix tiles (AMX) have nothing to do here.
+ISAS = tuple(name for name in cpu.ISAS if name != "amx")
 
 _i64, _ptr = np.int64, np.uint64
 _VIEW = np.dtype(
@@ -78,7 +80,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def isa() -> str:
-    """Instruction set of the sampled kernels: avx512_bf16, avx512, avx2, generic; or torch."""
+    """Instruction set of the sampled kernels, one of ISAS; "torch" without the extension."""
     library = _library()
     return "torch" if library is None else library.vllm_sparse_offload_isa().decode()
 
@@ -92,8 +94,8 @@ def set_isa(name: str) -> None:
     library = _library()
     if library is None or library.vllm_sparse_offload_set_isa(name.encode()) != 0:
         raise ValueError(
-            f"set_isa: {name!r} is not available here; use 'generic', 'avx2', 'avx512' or "
-            "'avx512_bf16', and no wider one than this CPU has"
+            f"set_isa: {name!r} is not available here; use one of {ISAS}, "
+            "and no wider one than this CPU has"
         )
 
 

@@ -72,7 +72,7 @@ struct PairedBFloat16 {
           const Vec x = load_pairs(now.keys[n + i], d, head_size);
 #pragma GCC unroll 4
           for (int g = 0; g < kHeads; ++g) {
-            acc[g * kRows + i] = add_product(acc[g * kRows + i], x, y[g]);
+            acc[g * kRows + i] = add_pair_products(acc[g * kRows + i], x, y[g]);
           }
         }
       }

@@ -109,7 +109,9 @@ inline void decode_accumulate(const float* scores, const T* const* values, int c
   for (; d + 2 * kLanes <= head_size; d += 2 * kLanes) {
     decode_accumulate_strip<kGroup, 2>(scores, values, count, head_size, d, out, ahead);
   }
-  if (d < head_size) decode_accumulate_strip<kGroup, 1>(scores, values, count, head_size, d, out, ahead);
+  if (d < head_size) {
+    decode_accumulate_strip<kGroup, 1>(scores, values, count, head_size, d, out, ahead);
+  }
 }
 
 // What decode's products are made of: here rows widened to fp32, and queries scaled.
@@ -144,7 +146,7 @@ struct Pairing {
   static Vec query(const BFloat16* q, int64_t d, int64_t head_size) {
     return load_pairs(q, d, head_size);
   }
-  static Vec add(Vec acc, Vec x, Vec y) { return add_product(acc, x, y); }
+  static Vec add(Vec acc, Vec x, Vec y) { return add_pair_products(acc, x, y); }
 };
 
 // Rows of bfloat16 as pairs: of neighbouring dims in scores, of neighbouring keys in the sums of

@@ -13,8 +13,8 @@
 namespace vllm_sparse {
 namespace {
 
-// Up to 64 neighbouring keys of a sequence. What lies behind the last repeats it, so that products
-// may work on whole steps.
+// Up to 64 neighbouring keys of a sequence. Behind the last key it is repeated, as scores are made
+// of whole steps; sums of values end with the last.
 template <class T>
 struct BlockRows {
   const T* keys[kBlock];
@@ -26,10 +26,7 @@ struct BlockRows {
     int64_t positions[kBlock];
     for (int n = 0; n < count; ++n) positions[n] = first + n;
     rows.find(positions, count, keys, values);
-    for (int n = count; n < kBlock && count > 0; ++n) {
-      keys[n] = keys[count - 1];
-      values[n] = values[count - 1];
-    }
+    for (int n = count; n < kBlock && count > 0; ++n) keys[n] = keys[count - 1];
   }
 
   // Keys n .. n + 3 into the second-level cache, and `dims` numbers of a value: the next block is

@@ -17,7 +17,8 @@ inline Vec add_product(Vec acc, Vec x, float y) { return acc + y * x; }
 
 #if defined(__AVX512BF16__)
 
-inline Vec add_product(Vec acc, Vec x, Vec y) {
+// acc + the products of pairs, both numbers of each.
+inline Vec add_pair_products(Vec acc, Vec x, Vec y) {
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)x, (__m512bh)y);
 }
 
@@ -25,7 +26,7 @@ inline Vec add_product(Vec acc, Vec x, Vec y) {
 inline Vec add_product(Vec acc, Vec x, Pair y) {
   int32_t bits;
   std::memcpy(&bits, &y, sizeof(bits));
-  return add_product(acc, x, (Vec)_mm512_set1_epi32(bits));
+  return add_pair_products(acc, x, (Vec)_mm512_set1_epi32(bits));
 }
 
 // 32 numbers of a row from dimension d on, zeros beyond head_size, a multiple of 16.

@@ -6,14 +6,12 @@
 namespace vllm_sparse {
 namespace {
 
-// Fetches memory line by line into a cache: the first level's (3) or the second's (2). GCC 12 takes
-// a function of nothing but prefetches for one without effect and leaves calls of it out: the empty
-// asm is an effect.
-template <int kLevel = 2>
+// Fetches memory line by line into the second-level cache. GCC 12 takes a function of nothing but
+// prefetches for one without effect and leaves calls of it out: the empty asm is an effect.
 __attribute__((always_inline)) inline void fetch_lines(const void* from, int64_t bytes) {
   asm volatile("");
   const char* at = static_cast<const char*>(from);
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, kLevel);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
 }
 
 // Finds the rows of one sequence and KV head in the pages.

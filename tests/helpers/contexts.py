@@ -11,7 +11,7 @@ from vllm_sparse.kernels import cpu
 def available() -> list[str]:
     """Instruction sets of the sampled kernels that run here."""
     found = []
-    for name in ("generic", "avx2", "avx512", "avx512_bf16"):
+    for name in native.ISAS:
         try:
             native.set_isa(name)
         except ValueError:
