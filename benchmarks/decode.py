@@ -44,7 +44,7 @@ def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) 
 
     from benchmarks._vllm_cpu import VllmCpuAttention
     from vllm_sparse.cpu_offload import native
-    from vllm_sparse.kernels import cpu, reference
+    from vllm_sparse.kernels import cpu, reference, write_kv
 
     dtype = getattr(torch, dtype_name)
     num_heads, kv_heads = HEADS[heads]
@@ -55,7 +55,7 @@ def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) 
     scale = HEAD_SIZE**-0.5
     cache = torch.zeros(tokens // PAGE, kv_heads, PAGE, 2 * HEAD_SIZE, dtype=dtype)
     k_cache, v_cache = cache[..., :HEAD_SIZE], cache[..., HEAD_SIZE:]
-    cpu.write_kv(k, v, k_cache, v_cache, torch.arange(tokens))
+    write_kv(k, v, k_cache, v_cache, torch.arange(tokens))
     table = torch.arange(tokens // PAGE, dtype=torch.int32).view(batch, -1)
     lens = torch.full((batch,), context, dtype=torch.int32)
     where = (k_cache, v_cache, table, lens)

@@ -13,6 +13,7 @@ _EXPORTS = {
     "cheapest_threshold": "pattern_search",
     "cheapest_union": "pattern_search",
     "cheapest_window": "pattern_search",
+    "cope_attention": "dispatch",
     "gather_keys": "paged_cache",
     "heaviest": "plan_steps",
     "index_lists": "plan_steps",

@@ -44,7 +44,7 @@ class Shape(ctypes.Structure):
     ]  # fmt: skip
 
 
-_QUERY_FIELDS = [
+QUERY_FIELDS = [
     ("shape", Shape), ("kv", PagedKV),
     ("q", _ptr), ("q_row_stride", _i64), ("q_head_stride", _i64),
     ("out", _ptr), ("out_row_stride", _i64), ("out_head_stride", _i64),
@@ -54,7 +54,7 @@ _QUERY_FIELDS = [
 
 class _Prefill(ctypes.Structure):
     _fields_ = [
-        *_QUERY_FIELDS,
+        *QUERY_FIELDS,
         ("query_start_loc", _ptr), ("seq_lens", _ptr),
         ("block_offsets", _ptr), ("blocks", _ptr), ("column_offsets", _ptr), ("columns", _ptr),
         ("mean_correction", _i64), ("k_means", _ptr), ("v_means", _ptr),
@@ -63,7 +63,7 @@ class _Prefill(ctypes.Structure):
 
 class _Decode(ctypes.Structure):
     _fields_ = [
-        *_QUERY_FIELDS,
+        *QUERY_FIELDS,
         ("seq_lens", _ptr), ("softmax", _i64), ("phi", _ptr), ("flagged", _ptr),
         ("num_tiles", _i64), ("most_members", _i64),
         ("shared_keys", _ptr), ("tile_keys", _ptr), ("members", _ptr),
@@ -88,11 +88,11 @@ def _library() -> ctypes.CDLL | str:
     library.vllm_sparse_set_threads.argtypes = [ctypes.c_int, ctypes.POINTER(ctypes.c_int)]
     library.vllm_sparse_prefill.argtypes = [ctypes.POINTER(_Prefill)]
     library.vllm_sparse_decode.argtypes = [ctypes.POINTER(_Decode)]
-    # Their structures are beside their wrappers: row_scoring.py, plan_steps.py, pattern_search.py.
+    # Their structures are beside their wrappers: row_scoring.py, plan_steps.py, cope.py, ...
     for name in (
         "row_scores", "block_means", "tile_means", "heaviest", "index_lists",
         "cheapest_window", "cheapest_columns", "cheapest_threshold", "cheapest_union",
-        "least_keys", "sort_columns",
+        "least_keys", "sort_columns", "cope",
     ):  # fmt: skip
         getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library
@@ -164,19 +164,6 @@ def num_threads() -> int:
     return 1 if isinstance(library, str) else library.vllm_sparse_num_threads()
 
 
-def write_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
-) -> None:
-    """See `reference.write_kv`; torch's index_put is at memory speed already."""
-    reference.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
-
-
 def sparse_prefill(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -213,13 +200,8 @@ def sparse_prefill(
             "kernels.reference"
         )
     args = _Prefill(mean_correction=mean_correction)
-    out, lse, keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
-    starts = int32("query_start_loc", query_start_loc)
-    if starts.numel() != args.shape.num_seqs + 1:
-        raise ValueError(
-            f"query_start_loc: got {starts.numel()} entries for {args.shape.num_seqs} sequences; "
-            "it needs one more than there are sequences"
-        )
+    out, lse, keep = fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
+    starts = query_starts(query_start_loc, args.shape.num_seqs)
     args.query_start_loc = starts.data_ptr()
     if indices is not None:
         if indices.num_heads != q.shape[1]:
@@ -269,7 +251,7 @@ def paged_decode(
     softmax_modes.check(softmax, phi, flagged, q.shape[1])
     refuse_fp8(k_cache, v_cache)
     args = _Decode()
-    out, lse, _keep = _fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
+    out, lse, _keep = fill(args, q, k_cache, v_cache, block_table, seq_lens, scale, out)
     args.softmax = softmax_modes.MODES.index(softmax)
     if phi is not None:
         phi = phi.contiguous()
@@ -293,8 +275,8 @@ def paged_decode(
     return out, lse
 
 
-def _fill(
-    args: _Prefill | _Decode,
+def fill(
+    args: ctypes.Structure,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -303,7 +285,7 @@ def _fill(
     scale: float,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Check and enter what both kernels share; what is returned last must outlive the call."""
+    """Check and enter QUERY_FIELDS and seq_lens; what is returned last must outlive the call."""
     heads, head_size = q.shape[1:]
     kv_heads = k_cache.shape[1]
     if q.dtype not in DTYPES or k_cache.dtype != q.dtype or v_cache.dtype != q.dtype:
@@ -393,6 +375,16 @@ def int32(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype != torch.int32 or tensor.device.type != "cpu":
         raise ValueError(f"{name}: got {tensor.dtype} on {tensor.device}; give int32 on the CPU")
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def query_starts(query_start_loc: torch.Tensor, num_seqs: int) -> torch.Tensor:
+    starts = int32("query_start_loc", query_start_loc)
+    if starts.numel() != num_seqs + 1:
+        raise ValueError(
+            f"query_start_loc: got {starts.numel()} entries for {num_seqs} sequences; it needs one "
+            "more than there are sequences"
+        )
+    return starts
 
 
 def check(code: int, name: str) -> None:

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import torch
 
-from . import cpu, shared_prefix, softmax_modes
+from . import cope, cpu, paged_cache, shared_prefix, softmax_modes
 from .block_indices import BlockIndices
 from .shared_prefix import SharedPrefixes
 
@@ -25,8 +25,9 @@ def write_kv(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """See `reference.write_kv`."""
-    write = cpu.write_kv if k_cache.is_cpu else _gpu("write_kv").write_kv
+    """See `paged_cache.write_kv`."""
+    # On a CPU torch's index_put is at memory speed already.
+    write = paged_cache.write_kv if k_cache.is_cpu else _gpu("write_kv").write_kv
     write(key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale)
 
 
@@ -98,6 +99,34 @@ def paged_decode(
     return cpu.paged_decode(
         q, k_cache, v_cache, block_table, seq_lens, scale=scale, out=out, **modes
     )
+
+
+def cope_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pos_emb: torch.Tensor,
+    *,
+    scale: float,
+    max_query_len: int | None = None,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `cope_reference.cope_attention`.
+
+    Args:
+        max_query_len: the most rows of a sequence, which a GPU's launch goes by; None: unknown.
+
+    Raises:
+        ValueError: arguments that do not fit together.
+    """
+    args = (q, k_cache, v_cache, block_table, query_start_loc, seq_lens, pos_emb)
+    if q.is_cpu:
+        return cope.cope_attention(*args, scale=scale, out=out)
+    run = _gpu("cope_attention").cope_attention
+    return run(*args, scale=scale, max_query_len=max_query_len, out=out)
 
 
 def shared_prefixes(

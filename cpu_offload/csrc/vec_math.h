@@ -7,18 +7,6 @@
 namespace vllm_sparse {
 namespace {
 
-// Whether any lane of a mask is set.
-inline bool any(IVec mask) {
-#if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
-#else
-  uint64_t parts[kLanes / 2], all = 0;
-  std::memcpy(parts, &mask, sizeof(mask));
-  for (int i = 0; i < kLanes / 2; ++i) all |= parts[i];
-  return all != 0;
-#endif
-}
-
 // A bit for each lane of a mask.
 inline uint32_t lanes_of(IVec mask) {
 #if defined(__AVX512DQ__)

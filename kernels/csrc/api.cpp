@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "cope_work.h"
 #include "cpu_features.h"
 #include "decode_work.h"
 #include "heaviest.h"
@@ -174,6 +175,26 @@ VLLM_SPARSE_API int vllm_sparse_prefill(const Prefill* args) {
   }
 }
 
+// 0 on success, 1 when memory ran out.
+VLLM_SPARSE_API int vllm_sparse_cope(const Cope* args) {
+  try {
+    const Cope& a = *args;
+    const Kernels* k = kernels();
+    CopePieces pieces(a, num_threads());
+    const auto tile = [&](int64_t i, float* scratch) { k->cope_tile(a, pieces.tiles[i], scratch); };
+    if (!parallel_for(pieces.tiles.size(), k->cope_scratch(a), tile)) return 1;
+    pieces.cut();
+    const auto range = [&](int64_t i, float* scratch) {
+      k->decode_split(pieces.decode(i), &pieces.ranges[i], 1, scratch);
+    };
+    if (!parallel_for(pieces.ranges.size(), k->decode_scratch(a.shape, 1), range)) return 1;
+    pieces.join(k->decode_merge);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
 // 0 on success, 1 when memory ran out, 2 where the shared keys are not this batch's.
 VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
   try {
@@ -181,15 +202,9 @@ VLLM_SPARSE_API int vllm_sparse_decode(const Decode* args) {
     if (!shared_keys_fit(a)) return 2;
     const Kernels* k = kernels();
     const Shape& shape = a.shape;
-    const int64_t threads = num_threads();
     int64_t keys = 0;
     for (int64_t s = 0; s < shape.num_seqs; ++s) keys += a.seq_lens[s];
-    // About four pieces of work a thread, so that the last to finish is not far behind.
-    int64_t split = keys * shape.num_kv_heads / (4 * threads) + 1;
-    if (threads == 1) split = INT64_MAX / 2;
-    if (split < kMinSplit) split = kMinSplit;
-
-    DecodeWork work(a, split);
+    DecodeWork work(a, split_of(keys * shape.num_kv_heads, num_threads()));
     const auto run = [&](int64_t i, float* scratch) {
       k->decode_split(a, work.first(i), work.count(i), scratch);
     };

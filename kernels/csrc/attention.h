@@ -1,5 +1,5 @@
 // What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py,
-// kernels/row_scoring.py and kernels/plan_steps.py.
+// kernels/row_scoring.py, kernels/plan_steps.py and kernels/cope.py.
 #pragma once
 
 #include <cstddef>
@@ -72,6 +72,21 @@ struct Decode {
   const int32_t* members;      // [Z, most_members], -1 after the last
 };
 
+// Attention with contextual positions (kernels/cope_reference.py).
+struct Cope {
+  Shape shape;
+  PagedKV kv;
+  const void* q;
+  int64_t q_row_stride, q_head_stride;
+  void* out;
+  int64_t out_row_stride, out_head_stride;
+  float* lse;  // [T, H], contiguous
+  const int32_t* query_start_loc;
+  const int32_t* seq_lens;
+  const void* pos_emb;  // [num_positions, D]
+  int64_t pos_emb_stride, num_positions;
+};
+
 // Exact attention of up to 64 rows of one sequence: how much of it each block of keys gets, and
 // which single keys get most.
 struct RowScores {
@@ -134,6 +149,25 @@ struct TileWork {
   int heads;         // 1 .. kMaxHeads
 };
 
+// What a tile makes of a sequence's newest keys: before `first_key` all of its rows have reached
+// the last position, which adds the same to all that is left. `rows` of them are the tile's.
+struct CopePart {
+  float* out;    // [rows, D]
+  float* lse;    // [rows]
+  float* added;  // [rows]
+  int64_t first_key;
+};
+
+// Some query rows of a sequence for some heads of one KV head, heads x rows up to 64: the unit of
+// work of attention with contextual positions.
+struct CopeWork {
+  int64_t seq, first_row;  // first_row counts from the sequence's first query
+  int rows;
+  int64_t head;  // the first head
+  int heads;
+  CopePart* part;  // null: every key is read, and the result written to out and lse
+};
+
 constexpr int kMostTogether = 16;  // sequences that read the same keys at once
 
 // A range of one sequence's keys for the query heads of one KV head: the unit of work of decode.
@@ -161,6 +195,8 @@ struct Kernels {
   void (*row_scores)(const RowScores&, const RowWork&, float* scratch);
   void (*block_means)(const BlockMeans&, int64_t index);  // counts heads x blocks
   void (*tile_means)(const TileMeans&, int64_t tile);
+  size_t (*cope_scratch)(const Cope&);
+  void (*cope_tile)(const Cope&, const CopeWork&, float* scratch);
 };
 
 const Kernels* generic_kernels();

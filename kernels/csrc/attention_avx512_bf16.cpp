@@ -1,6 +1,7 @@
 #define VLLM_SPARSE_LANES 16
 #define VLLM_SPARSE_KEYS 6
 #define VLLM_SPARSE_VECS 4
+#include "cope_tile.h"
 #include "decode_split.h"
 #include "prefill_tile.h"
 #include "row_scores.h"
@@ -24,6 +25,11 @@ void rows(const RowScores& a, const RowWork& w, float* scratch) {
   avx512_kernels()->row_scores(a, w, scratch);
 }
 
+void cope(const Cope& a, const CopeWork& w, float* scratch) {
+  if (a.shape.dtype == kBFloat16) return cope_tile<BFloat16>(a, w, scratch);
+  avx512_kernels()->cope_tile(a, w, scratch);
+}
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
@@ -33,6 +39,7 @@ const Kernels* avx512_bf16_kernels() {
     k.prefill_tile = tile;
     k.decode_split = split;
     k.row_scores = rows;
+    k.cope_tile = cope;
     return k;
   }();
   return &kernels;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "block_means.h"
+#include "cope_tile.h"
 #include "decode_split.h"
 #include "prefill_tile.h"
 #include "row_scores.h"
@@ -72,6 +73,16 @@ void tile_means_any(const TileMeans& a, int64_t tile) {
   }
 }
 
+size_t cope_scratch(const Cope& a) { return CopeTile::floats(a); }
+
+void cope_tile_any(const Cope& a, const CopeWork& w, float* scratch) {
+  switch (a.shape.dtype) {
+    case kFloat32: return cope_tile<float>(a, w, scratch);
+    case kBFloat16: return cope_tile<BFloat16>(a, w, scratch);
+    case kFloat16: return cope_tile<Float16>(a, w, scratch);
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           prefill_scratch,
@@ -82,7 +93,9 @@ constexpr Kernels make_kernels(const char* name) {
           row_scores_scratch,
           row_scores_any,
           block_means_any,
-          tile_means_any};
+          tile_means_any,
+          cope_scratch,
+          cope_tile_any};
 }
 
 }  // namespace

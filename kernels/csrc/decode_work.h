@@ -10,6 +10,14 @@ namespace vllm_sparse {
 
 constexpr int64_t kMinSplit = 1024;  // keys; below this a thread's start costs more than it saves
 
+// Keys of a range, of `keys` in all (times KV heads): about four pieces of work a thread, so that the
+// last to finish is not far behind.
+inline int64_t split_of(int64_t keys, int64_t threads) {
+  if (threads == 1) return INT64_MAX / 2;
+  const int64_t split = keys / (4 * threads) + 1;
+  return split < kMinSplit ? kMinSplit : split;
+}
+
 // Whether what is said of shared keys is of this batch: each sequence in one tile at most, and with
 // the keys of that tile, as many as it has or fewer.
 inline bool shared_keys_fit(const Decode& a) {

@@ -27,38 +27,46 @@ struct TileHead : SoftmaxTile {
   static size_t floats(int64_t head_size) { return 2 * head_size * kTile + 2 * kTile; }
 };
 
-// out[d, :] += sum_n values[n][d] * p[n, :] over `count` steps, where the scores were.
-template <class T>
-inline void accumulate(const TileHead& s, const float* packed, int count) {
+// `accumulate` for kWidth vectors of queries from `first` on, kDepth dims at a time.
+template <class T, int kDepth, int kWidth>
+inline void accumulate_vectors(const TileHead& s, const float* packed, int count, int first) {
   using Step = typename Operands<T>::Step;
   constexpr int kRows = kBlock / Operands<T>::kNumbers;
-  for (int64_t d = 0; d < s.head_size; d += kDims) {
-    const Step* values =
+  for (int64_t d = 0; d < s.head_size; d += kDepth) {
+    const Step* value =
         reinterpret_cast<const Step*>(packed) + d / kStrip * kStrip * kRows + d % kStrip;
-    for (int c = 0; c < kVectors; c += kVecs) {
-      Vec acc[kDims][kVecs];
-      float* out = s.out + d * kTile + c * kLanes;
+    Vec acc[kDepth][kWidth];
+    float* out = s.out + d * kTile + first * kLanes;
+#pragma GCC unroll 16
+    for (int i = 0; i < kDepth; ++i)
 #pragma GCC unroll 8
-      for (int i = 0; i < kDims; ++i)
+      for (int j = 0; j < kWidth; ++j) acc[i][j] = load(out + i * kTile + j * kLanes);
+    const float* p = s.scores + first * kLanes;
+    for (int n = 0; n < count; ++n, p += kTile, value += kStrip) {
+      Vec x[kWidth];
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) acc[i][j] = load(out + i * kTile + j * kLanes);
-      const float* p = s.scores + c * kLanes;
-      const Step* value = values;
-      for (int n = 0; n < count; ++n, p += kTile, value += kStrip) {
-        Vec x[kVecs];
+      for (int j = 0; j < kWidth; ++j) x[j] = load(p + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kDepth; ++i)
 #pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) x[j] = load(p + j * kLanes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kDims; ++i)
-#pragma GCC unroll 8
-          for (int j = 0; j < kVecs; ++j) acc[i][j] = add_product(acc[i][j], x[j], value[i]);
-      }
-#pragma GCC unroll 8
-      for (int i = 0; i < kDims; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < kVecs; ++j) store(out + i * kTile + j * kLanes, acc[i][j]);
+        for (int j = 0; j < kWidth; ++j) acc[i][j] = add_product(acc[i][j], x[j], value[i]);
     }
+#pragma GCC unroll 16
+    for (int i = 0; i < kDepth; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < kWidth; ++j) store(out + i * kTile + j * kLanes, acc[i][j]);
   }
+}
+
+// out[d, :] += sum_n values[n][d] * p[n, :] over `count` steps, where the scores were, for the
+// first `vectors` vectors of queries.
+template <class T>
+inline void accumulate(const TileHead& s, const float* packed, int count, int vectors = kVectors) {
+  // As many sums at once as with all vectors, as long as there are registers.
+  constexpr int kNarrow = kLanes == 16 ? 16 : 8;
+  int c = 0;
+  for (; c + kVecs <= vectors; c += kVecs) accumulate_vectors<T, kDims, kVecs>(s, packed, count, c);
+  for (; c < vectors; ++c) accumulate_vectors<T, kNarrow, 1>(s, packed, count, c);
 }
 
 // Where some keys lie, in the cache or converted.
@@ -83,6 +91,19 @@ struct KeyRows {
     Operands<T>::pack_values(block, v, count);
   }
 };
+
+// Keys and values to fetch beside `times` blocks of scores.
+template <class T>
+inline void look_ahead(const Rows<T>& rows, const Keys& keys, int64_t head_size, int times,
+                       Ahead& ahead) {
+  const T* k[kBlock];
+  const T* v[kBlock];
+  rows.find(keys.position, keys.count, k, v);
+  for (int n = 0; n < keys.count; ++n) ahead.row[ahead.count++] = k[n];
+  for (int n = 0; n < keys.count; ++n) ahead.row[ahead.count++] = v[n];
+  ahead.bytes = head_size * sizeof(T);
+  ahead.step = ahead.count / (times * (kScoreRows / kKeys)) + 1;
+}
 
 // Adds keys whose scores are logits but for the scale.
 template <class T>
@@ -145,19 +166,13 @@ void prefill_tile(const Prefill& a, const TileWork& w, float* scratch) {
 
   GroupSelection selection(a, w, place.last_query);
   Keys wanted, next;
-  const T* ahead_k[kBlock];
-  const T* ahead_v[kBlock];
   for (; selection.block() >= 0; selection.advance()) {
     selection.block_keys(selection.block(), wanted);
     const KeyRows<T> keys(block, rows, wanted, place.first_query);
     Ahead ahead;
     if (selection.after() >= 0) {
       selection.block_keys(selection.after(), next);
-      rows.find(next.position, next.count, ahead_k, ahead_v);
-      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = ahead_k[n];
-      for (int n = 0; n < next.count; ++n) ahead.row[ahead.count++] = ahead_v[n];
-      ahead.bytes = head_size * sizeof(T);
-      ahead.step = ahead.count / (selection.readers() * (kScoreRows / kKeys)) + 1;
+      look_ahead(rows, next, head_size, selection.readers(), ahead);
     }
     for (int g = 0; g < w.heads; ++g) {
       if (selection.reads(g)) attend(head_of(g), block, keys, ahead);

@@ -70,13 +70,6 @@ struct RowSums {
   Vec inverse() const { return select(sum == 0.0f, Vec{}, 1.0f / sum) + poison; }
 };
 
-inline void scale_scores(float* scores, int count, float scale) {
-  if (scale == 1.0f) return;
-  for (int n = 0; n < count; ++n) {
-    store(scores + n * kTile, load(scores + n * kTile) * scale);
-  }
-}
-
 // Adds a block to the sums of one vector of rows, and notes what it added. With kHide, keys beyond
 // `sees` (relative to the block) are hidden from their rows. With `keep`, exponentials replace the
 // scores.

@@ -73,5 +73,13 @@ inline void score(const float* q, const Step* const* keys, int count, int64_t st
   }
 }
 
+// One vector of queries' scores of `count` keys.
+inline void scale_scores(float* scores, int64_t count, float scale) {
+  if (scale == 1.0f) return;
+  for (int64_t n = 0; n < count; ++n) {
+    store(scores + n * kTile, load(scores + n * kTile) * scale);
+  }
+}
+
 }  // namespace
 }  // namespace vllm_sparse

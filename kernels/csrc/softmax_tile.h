@@ -40,9 +40,10 @@ inline void mask_causal(const SoftmaxTile& s, const int64_t* position, int count
   }
 }
 
-// Turns scores into probabilities against the running maximum, rescaling what came before.
-inline void softmax_step(const SoftmaxTile& s, int count) {
-  for (int c = 0; c < kVectors; ++c) {
+// Turns scores into probabilities against the running maximum, rescaling what came before. Of the
+// lanes only the first `vectors` are looked at.
+inline void softmax_step(const SoftmaxTile& s, int count, int vectors = kVectors) {
+  for (int c = 0; c < vectors; ++c) {
     float* scores = s.scores + c * kLanes;
     Vec highest = load(scores);
     for (int n = 1; n < count; ++n) highest = max(highest, load(scores + n * kTile));
@@ -56,11 +57,8 @@ inline void softmax_step(const SoftmaxTile& s, int count) {
       store(scores + n * kTile, p);
       sum += p;
     }
-    const IVec grew = top > before;
-    bool any = false;
-    for (int i = 0; i < kLanes; ++i) any |= grew[i] != 0;
     Vec total = load(s.sum + c * kLanes);
-    if (any) {
+    if (any(top > before)) {
       const Vec shrink = exp(before - base);
       total *= shrink;
       float* out = s.out + c * kLanes;
@@ -71,26 +69,33 @@ inline void softmax_step(const SoftmaxTile& s, int count) {
   }
 }
 
-// Normalises a tile and writes its rows of out and lse.
-template <class T>
-void write_tile(const Prefill& a, const SoftmaxTile& s, const TilePlace& place, int64_t head) {
-  T* out = static_cast<T*>(a.out) + place.begin * a.out_row_stride + head * a.out_head_stride;
-  for (int c = 0; c < kTile && c < place.rows; c += kLanes) {
+// Normalises the first lanes of a tile and writes them: lane i to out(i) [D] and *lse(i).
+template <class Out, class Lse>
+inline void write_lanes(const SoftmaxTile& s, int lanes, const Out& out, const Lse& lse) {
+  for (int c = 0; c < lanes; c += kLanes) {
     const Vec sum = load(s.sum + c);
     const Vec inverse = select(sum > 0.0f, 1.0f / sum, Vec{});
-    const int rows = place.rows - c < kLanes ? place.rows - c : kLanes;
+    const int rows = lanes - c < kLanes ? lanes - c : kLanes;
     for (int64_t d = 0; d < s.head_size; d += kLanes) {
       Vec r[kLanes];
       for (int i = 0; i < kLanes; ++i) r[i] = load(s.out + (d + i) * kTile + c) * inverse;
       transpose(r);
-      for (int i = 0; i < rows; ++i) store_row(out + (c + i) * a.out_row_stride + d, r[i]);
+      for (int i = 0; i < rows; ++i) store_row(out(c + i) + d, r[i]);
     }
   }
-  for (int r = 0; r < place.rows; ++r) {
+  for (int r = 0; r < lanes; ++r) {
     const float sum = s.sum[r];
-    a.lse[(place.begin + r) * a.shape.num_heads + head] =
-        sum > 0.0f ? s.top[r] + std::log(sum) : -kInf;
+    *lse(r) = sum > 0.0f ? s.top[r] + std::log(sum) : -kInf;
   }
+}
+
+// Normalises a tile and writes its rows of out and lse.
+template <class T>
+void write_tile(const Prefill& a, const SoftmaxTile& s, const TilePlace& place, int64_t head) {
+  T* out = static_cast<T*>(a.out) + place.begin * a.out_row_stride + head * a.out_head_stride;
+  write_lanes(
+      s, place.rows, [&](int r) { return out + r * a.out_row_stride; },
+      [&](int r) { return a.lse + (place.begin + r) * a.shape.num_heads + head; });
 }
 
 }  // namespace

@@ -38,6 +38,31 @@ inline Vec splat(float x) { return Vec{} + x; }
 inline Vec select(IVec mask, Vec a, Vec b) { return mask ? a : b; }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// Whether any lane of a mask is set.
+inline bool any(IVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+  uint64_t parts[kLanes / 2], all = 0;
+  std::memcpy(parts, &mask, sizeof(mask));
+  for (int i = 0; i < kLanes / 2; ++i) all |= parts[i];
+  return all != 0;
+#endif
+}
+
+// table[index] in each lane.
+inline Vec gather(const float* table, IVec index) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = table[index[i]];
+  return v;
+#endif
+}
+
 // a0 b0 a1 b1 ... of the lower, and of the upper halves.
 #if VLLM_SPARSE_LANES == 16
 inline Vec interleave_low(Vec a, Vec b) {
