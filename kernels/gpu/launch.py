@@ -23,6 +23,8 @@ MODULES = (
     "block_means",
     "block_sums",
     "choose_pattern",
+    "cope_split",
+    "cope_tile",
     "index_lists",
     "key_worth",
     "last_union",

@@ -41,20 +41,7 @@ def sparse_prefill(
     check_window(mean_correction, window)
     out = check(q, k_cache, v_cache, out, indices, scale)
     scales = launch.scales(q.device, k_scale, v_scale)
-    for name, tensor in (
-        ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),
-    ):  # fmt: skip
-        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1 or tensor.device != q.device:
-            raise ValueError(
-                f"{name}: got {tensor.dtype} with strides {tensor.stride()} on {tensor.device}; "
-                f"give contiguous int32 on {q.device}"
-            )
-    num_seqs = seq_lens.numel()
-    if query_start_loc.numel() != num_seqs + 1:
-        raise ValueError(
-            f"query_start_loc: got {query_start_loc.numel()} entries for {num_seqs} sequences; "
-            "it needs one more than there are sequences"
-        )
+    check_sequences(q, block_table, query_start_loc, seq_lens)
     heads, head_size = q.shape[1:]
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if not q.shape[0]:
@@ -218,3 +205,26 @@ def check(
         if tensor.device != q.device:
             raise ValueError(_ON.format(name=name, got=tensor.device, device=q.device))
     return out
+
+
+def check_sequences(
+    q: torch.Tensor,
+    block_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """Raises ValueError where what tells the sequences does not fit."""
+    for name, tensor in (
+        ("block_table", block_table), ("query_start_loc", query_start_loc), ("seq_lens", seq_lens),
+    ):  # fmt: skip
+        if tensor.dtype != torch.int32 or tensor.stride(-1) != 1 or tensor.device != q.device:
+            raise ValueError(
+                f"{name}: got {tensor.dtype} with strides {tensor.stride()} on {tensor.device}; "
+                f"give contiguous int32 on {q.device}"
+            )
+    num_seqs = seq_lens.numel()
+    if query_start_loc.numel() != num_seqs + 1:
+        raise ValueError(
+            f"query_start_loc: got {query_start_loc.numel()} entries for {num_seqs} sequences; "
+            "it needs one more than there are sequences"
+        )
