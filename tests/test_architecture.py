@@ -20,13 +20,15 @@ PACKAGES = {
 }
 MEASURED = (*PACKAGES, "benchmarks", "examples", "tests", "tools")
 
-# The only files that may name vLLM, as import names. `linear` and `models` are vLLM layers.
+# The only files that may name vLLM, as import names. `linear` is vLLM layers; of a model, its
+# configuration and its plain torch are for Hugging Face alone.
 VLLM_FILES = {
     f"vllm_sparse.{name}"
     for name in (
         "plugin", "compat", "cpu_platform", "log", "backend", "metadata", "impl", "metrics",
         "cuda_backend", "cuda_dense", "cuda_metadata", "cuda_impl", "check", "needle", "linear",
-        "models", "cpu_offload.connector", "cpu_offload.kv_spec",
+        "models.cope_backend", "models.cope_cuda", "models.cope_vllm", "cpu_offload.connector",
+        "cpu_offload.kv_spec",
     )
 }  # fmt: skip
 RAY_FILES = {"vllm_sparse.cpu_offload.actor", "vllm_sparse.cpu_offload.pool"}
@@ -140,6 +142,7 @@ def test_nothing_outside_the_packages_takes_the_folders_for_import_names():
         ("vllm_sparse", ("torch", "vllm", "pydantic", "rich", "typer")),
         ("vllm_sparse.patterns", ("torch", "vllm")),
         ("vllm_sparse.config", ("torch", "vllm")),
+        ("vllm_sparse.models", ("vllm",)),
         ("vllm_sparse.cli", ("torch", "vllm", "numpy")),
     ],
 )
@@ -171,6 +174,9 @@ def test_importing_loads_nothing_heavy(module: str, loaded: tuple[str, ...]):
         ("vllm_sparse.config", "from torch import Tensor"),
         ("vllm_sparse.config", "from vllm.config import VllmConfig"),
         ("vllm_sparse.stats", "import vllm"),
+        ("vllm_sparse.models", "from .cope_vllm import x\nimport vllm"),
+        ("vllm_sparse.models.cope_config", "from vllm.config import VllmConfig"),
+        ("vllm_sparse.models.cope_torch", "import vllm"),
         ("vllm_sparse.impl", "import kernels.reference"),
         ("vllm_sparse.impl", "from cpu_offload import lsh"),
         ("vllm_sparse.impl", "import ray"),
@@ -193,6 +199,8 @@ def test_the_rules_can_be_broken(module: str, source: str):
         ("vllm_sparse.cpu_offload.attention", "from vllm_sparse.kernels import merge"),
         ("vllm_sparse.impl", "import vllm_sparse.planner, vllm.config, torch"),
         ("vllm_sparse.config", "import pydantic"),
+        ("vllm_sparse.models.cope_vllm", "from vllm.config import VllmConfig"),
+        ("vllm_sparse.models.cope_torch", "import transformers\nfrom ..kernels import x"),
     ],
 )
 def test_the_rules_allow_what_the_design_draws(module: str, source: str):

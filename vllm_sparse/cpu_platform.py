@@ -13,7 +13,7 @@ from collections.abc import Callable
 from . import compat, log
 from .backend import HEAD_SIZES, PAGE_MULTIPLE, SparseAttentionBackend
 from .config import SparseConfig
-from .plugin import BACKEND, BACKEND_PATH
+from .plugin import BACKEND, BACKEND_PATH, COPE_MODEL
 
 logger = log.get_logger(__name__)
 
@@ -49,8 +49,8 @@ DETAILS: dict[str, Callable] = {
         "attention in both directions was asked for, and this backend is causal only"
     ),
     "batch invariance not supported": lambda c: (
-        "batch invariance (VLLM_BATCH_INVARIANT) is not given: where chunks are cut decides what "
-        "is selected"
+        "batch invariance (VLLM_BATCH_INVARIANT) is not given: where chunks are cut decides how "
+        "attention is computed"
     ),
     "DCP not supported": lambda c: (
         "decode context parallelism is not supported (--decode-context-parallel-size 1)"
@@ -110,23 +110,31 @@ def stays_with_vllm(selector_config) -> bool:
 
 def refuse_unsupported(selector_config) -> None:
     """Raise ValueError with every reason why the backend cannot serve such layers."""
-    reasons = SparseAttentionBackend.validate_configuration(
-        device_capability=None, **selector_config._asdict()
+    if said := unsupported(SparseAttentionBackend, selector_config):
+        raise ValueError(
+            f"The sparse attention backend cannot run: {'; '.join(said)}. {WHAT_TO_DO}"
+        )
+
+
+def unsupported(backend: type, selector_config, device_capability=None) -> list[str]:
+    """Every reason why a backend cannot serve such layers, said in full; none: it can."""
+    reasons = backend.validate_configuration(
+        device_capability=device_capability, **selector_config._asdict()
     )
     if _other_cache_dtype(selector_config):
         reasons.append("kv_cache_dtype not supported")
     if getattr(selector_config, "use_dcp", False):  # not among vLLM's reasons before 0.30
         reasons.append("DCP not supported")
-    if not reasons:
-        return
-    said = [DETAILS[r](selector_config) if r in DETAILS else r for r in dict.fromkeys(reasons)]
-    raise ValueError(f"The sparse attention backend cannot run: {'; '.join(said)}. {WHAT_TO_DO}")
+    return [DETAILS[r](selector_config) if r in DETAILS else r for r in dict.fromkeys(reasons)]
 
 
 def check_config(vllm_config) -> None:
     """Raise ValueError for bad settings where the user stands, before any process is started."""
     attention = vllm_config.attention_config
     chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    if COPE_MODEL in getattr(vllm_config.model_config, "architectures", ()):
+        check_cope(vllm_config, [backend.name for backend in chosen if backend is not None])
+        return
     if not any(map(_is_ours, chosen)):
         return
     compat.warn_if_untested()
@@ -147,6 +155,32 @@ def check_config(vllm_config) -> None:
             "The sparse attention backend would have nothing to do: every layer of this model has "
             f"a sliding window (of {window} tokens), and those stay with vLLM's own. {WHAT_TO_DO}"
         )
+
+
+def check_cope(vllm_config, chosen: list[str]) -> None:
+    """Raise ValueError for settings under which CoPE models are not served.
+
+    Their layers name their backend themselves, so that vLLM asks no backend what it supports.
+
+    Args:
+        chosen: names of the backends that the user chose.
+    """
+    from vllm.platforms import current_platform
+
+    from .models.cope_backend import backend_of_platform, selector_config
+
+    if chosen:
+        raise ValueError(
+            f"--attention-backend {chosen[0].lower()}: CoPE models bring their own attention, as "
+            "no other computes contextual positions. Leave --attention-backend out"
+        )
+    said = unsupported(
+        backend_of_platform(),
+        selector_config(vllm_config),
+        current_platform.get_device_capability(),
+    )
+    if said:
+        raise ValueError(f"CoPE models cannot be served like this: {'; '.join(said)}")
 
 
 def _is_ours(backend) -> bool:

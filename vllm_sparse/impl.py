@@ -257,7 +257,16 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         )
 
 
-def refuse_special(
+def refuse_special(**asked) -> None:
+    """Raise ValueError for what a layer asks of attention and this backend has not."""
+    if present := special_features(**asked):
+        raise ValueError(
+            f"The sparse attention backend cannot run layers with {', '.join(present)}. "
+            "Leave --attention-backend out to serve this model with vLLM's own backend."
+        )
+
+
+def special_features(
     *,
     alibi_slopes: list[float] | None,
     logits_soft_cap: float | None,
@@ -265,8 +274,8 @@ def refuse_special(
     kv_sharing_target_layer_name: str | None,
     sliding_window: int | None = None,
     **special,
-) -> None:
-    """Raise ValueError for what a layer asks of attention and this backend has not."""
+) -> list[str]:
+    """Names of what a layer asks of attention beyond causal attention over its own keys."""
     features = {
         "ALiBi": alibi_slopes is not None,
         "a sliding window": sliding_window is not None,
@@ -277,9 +286,4 @@ def refuse_special(
         ),
         **{f"{k} = {v!r}": True for k, v in special.items() if v is not None},
     }
-    present = [name for name, is_present in features.items() if is_present]
-    if present:
-        raise ValueError(
-            f"The sparse attention backend cannot run layers with {', '.join(present)}. "
-            "Leave --attention-backend out to serve this model with vLLM's own backend."
-        )
+    return [name for name, is_present in features.items() if is_present]

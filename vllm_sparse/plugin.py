@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import logging
+
+from . import log
+
 BACKEND = "SPARSE"
 BACKEND_PATH = "vllm_sparse.backend.SparseAttentionBackend"
 CUDA_BACKEND_PATH = "vllm_sparse.cuda_backend.SparseCudaBackend"
+COPE_MODEL = "CoPEForCausalLM"
+COPE_MODEL_PATH = "vllm_sparse.models.cope_vllm:CoPEForCausalLM"
+
+logger = log.get_logger(__name__)
 
 
 def register() -> None:
-    """Make `attention_backend="sparse"` known to vLLM in this process. May be called again."""
-    from . import compat, log
+    """Make `attention_backend="sparse"` and CoPE models known to vLLM in this process. May be
+    called again."""
+    from . import compat
 
     log.follow_vllm()
     if not compat.check_version():
         return
     sparse_member()
+    register_cope()
 
     from vllm.platforms import current_platform
 
@@ -26,6 +36,20 @@ def register() -> None:
         else:
             # vLLM's CUDA platform selects by name, and needs no more than its settings checked.
             cpu_platform.watch_config(type(current_platform))
+
+
+def register_cope() -> None:
+    """Make vLLM know CoPE models: their configuration, and where to find the model itself."""
+    from vllm import ModelRegistry
+
+    try:
+        from . import models  # noqa: F401  makes AutoConfig know the configuration
+    except (ImportError, AttributeError) as error:
+        # Of no concern to those who serve another model, with an older transformers.
+        log.once(logger, logging.INFO, f"CoPE models cannot be served by this vLLM: {error}")
+        return
+    if COPE_MODEL not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(COPE_MODEL, COPE_MODEL_PATH)
 
 
 def sparse_member():

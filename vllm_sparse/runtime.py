@@ -103,7 +103,7 @@ def start(
         ValueError: settings that do not fit the model.
     """
     heads = HeadSettings.of(config, model)
-    threads = _size_pool()
+    threads = size_pool()
     break_even, source = config.break_even, "given"
     if break_even is None:
         break_even = measure_break_even(
@@ -180,8 +180,8 @@ def count_flagged(flagged: torch.Tensor) -> None:
 
 
 @functools.cache
-def _size_pool() -> int:
-    """Give the kernels' pool as many threads as torch has here, on the same cores."""
+def size_pool() -> int:
+    """Give the kernels' pool as many threads as torch has here, on the same cores; how many."""
     threads = torch.get_num_threads()
     cores = compat.worker_cores(threads)
     cpu.set_threads(threads, cores)
