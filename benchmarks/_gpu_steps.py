@@ -131,4 +131,10 @@ STEPS = (
         _decode("--cache", "fp8", "--heads", "32/8", "--batches", "1", "--contexts", *CELLS),
         share=0.7, most_s=100,
     ),
+    Step(
+        "cope", "attention with contextual positions against plain attention",
+        ("-m", "benchmarks.cope", "--device", "cuda", "--json", "{out}/cope.json", "--add",
+         "--lengths", "8192", "32768"),
+        share=0.9, most_s=120,
+    ),
 )  # fmt: skip

@@ -1,10 +1,10 @@
 """Attention with contextual positions (CoPE): written out in torch, and plain attention beside it.
 
-On a CPU, one sequence of one layer. Written out, every position of every query is a number in
-memory: what a model without a kernel of its own does. Plain attention is our own dense kernel over
-the same keys: what contextual positions cost. Two kinds of keys: "half" has gates of about a half,
-so that the last position is near; "seldom" has gates so small that it is never reached, the worst
-case. Before anything is timed, the last rows are compared with float64.
+One sequence of one layer, on a CPU or on a GPU. Written out, every position of every query is a
+number in memory: what a model without a kernel of its own does. Plain attention is our own dense
+kernel over the same keys: what contextual positions cost. Two kinds of keys: "half" has gates of
+about a half, so that the last position is near; "seldom" has gates so small that it is never
+reached, the worst case. Before anything is timed, the last rows are compared with float64.
 """
 
 from __future__ import annotations
@@ -21,26 +21,27 @@ KINDS = ("half", "seldom")
 
 
 class Problem:
-    """The last `rows` tokens of a sequence of `length`, in pages of 128."""
+    """The last `rows` tokens of a sequence of `length`, in pages as vLLM has them there."""
 
-    def __init__(self, length: int, rows: int, dtype, kind: str) -> None:
+    def __init__(self, length: int, rows: int, dtype, kind: str, device: str) -> None:
         import torch
 
         generator = torch.Generator().manual_seed(length)
-        pages = length // 128
-        cache = torch.randn(pages, KV_HEADS, 128, 2 * SIZE, generator=generator)
+        page = 128 if device == "cpu" else 16
+        pages = length // page
+        cache = torch.randn(pages, KV_HEADS, page, 2 * SIZE, generator=generator)
         q = torch.randn(rows, HEADS, SIZE, generator=generator)
         if kind == "seldom":
             # A common part of queries and keys whose product is a logit of -15: gates of 3e-7.
             common = (15 * SIZE**-0.5) ** 0.5
             q, cache[..., :SIZE] = q + common, cache[..., :SIZE] - common
-        self.q = q.to(dtype)
-        self.caches = tuple(x.to(dtype) for x in cache.split(SIZE, -1))
-        self.table = torch.randperm(pages, generator=generator).int()[None]
-        self.starts = torch.tensor([0, rows], dtype=torch.int32)
-        self.lens = torch.tensor([length], dtype=torch.int32)
-        self.pos_emb = torch.randn(POSITIONS, SIZE, generator=generator).to(dtype)
-        self.scale = SIZE**-0.5
+        self.q = q.to(device, dtype)
+        self.caches = cache.to(device, dtype).split(SIZE, -1)
+        self.table = torch.randperm(pages, generator=generator).int()[None].to(device)
+        self.starts = torch.tensor([0, rows], dtype=torch.int32, device=device)
+        self.lens = torch.tensor([length], dtype=torch.int32, device=device)
+        self.pos_emb = torch.randn(POSITIONS, SIZE, generator=generator).to(device, dtype)
+        self.length, self.scale = length, SIZE**-0.5
 
     def _args(self):
         return self.q, *self.caches, self.table, self.starts, self.lens
@@ -48,7 +49,9 @@ class Problem:
     def ours(self):
         from vllm_sparse.kernels import cope_attention
 
-        return cope_attention(*self._args(), self.pos_emb, scale=self.scale)[0]
+        return cope_attention(
+            *self._args(), self.pos_emb, scale=self.scale, max_query_len=len(self.q)
+        )[0]
 
     def plain(self):
         from vllm_sparse.kernels import paged_decode, sparse_prefill
@@ -68,9 +71,10 @@ class Problem:
         from vllm_sparse.kernels import gather_keys
 
         queries = self.q if last is None else self.q[-last:]
-        rows, length = len(queries), int(self.lens[0])
+        rows, length = len(queries), self.length
         keys, values = (gather_keys(x, self.table[0], length) for x in self.caches)
-        seen = torch.ones(rows, length, dtype=torch.bool).tril_(length - rows)
+        seen = torch.ones(rows, length, dtype=torch.bool, device=self.q.device)
+        seen.tril_(length - rows)
         out = torch.empty_like(queries, dtype=dtype or self.q.dtype)
         sums = torch.promote_types(out.dtype, torch.float32)
         table = self.pos_emb.to(out.dtype)
@@ -120,9 +124,16 @@ def check(problem: Problem) -> tuple[float, str | None]:
     return ours, f"off by {ours:.2g}, {WRITTEN_OUT} by {theirs:.2g}"
 
 
+def on_gpu(works: dict[str, Callable], rounds: int) -> dict[str, float]:
+    from benchmarks._gpu_clock import AHEAD, measured
+
+    return {name: taken.seconds for name, taken in measured(works, rounds, ahead=AHEAD).items()}
+
+
 def rows_of(name: str, problem: Problem, case: dict, options) -> Iterator[Row]:
     from benchmarks.decode import turns
 
+    clock = turns if case["device"] == "cpu" else on_gpu
     error, failed = check(problem)
     if failed:
         yield Row.failed(name, case, failed, peer=WRITTEN_OUT, unit="ms", error=error)
@@ -131,12 +142,12 @@ def rows_of(name: str, problem: Problem, case: dict, options) -> Iterator[Row]:
     writes = case["rows"] * case["keys"] <= options.written**2
     if writes:
         works[WRITTEN_OUT] = problem.written_out
-    ms = {key: 1e3 * each for key, each in turns(works, options.rounds).items()}
+    ms = {key: 1e3 * each for key, each in clock(works, options.rounds).items()}
     yield Row.time(f"{name}_plain", case, ms["ours"], PLAIN, ms[PLAIN], unit="ms", error=error)
     if not writes:
         return
     yield Row.time(name, case, ms["ours"], WRITTEN_OUT, ms[WRITTEN_OUT], unit="ms", error=error)
-    if case["rows"] > 1:
+    if case["rows"] > 1 and case["device"] == "cpu":
         ours, theirs = peak_mib(problem.ours), peak_mib(problem.written_out)
         if ours and theirs:
             yield Row.time(f"{name}_memory", case, ours, WRITTEN_OUT, theirs, unit="MiB")
@@ -151,15 +162,18 @@ def all_rows(options) -> Iterator[Row]:
             for length in options.lengths:
                 for part, rows in (("prefill", min(length, options.chunk)), ("decode", 1)):
                     case = {
-                        "keys": length, "rows": rows, "gates": kind, "dtype": dtype_name,
-                        "heads": f"{HEADS}/{KV_HEADS}x{SIZE}", "positions": POSITIONS,
+                        "device": options.device, "keys": length, "rows": rows, "gates": kind,
+                        "dtype": dtype_name, "heads": f"{HEADS}/{KV_HEADS}x{SIZE}",
+                        "positions": POSITIONS,
                     }  # fmt: skip
-                    name = f"cope_{part}_{length}_{kind}_{dtype_name}"
-                    yield from rows_of(name, Problem(length, rows, dtype, kind), case, options)
+                    problem = Problem(length, rows, dtype, kind, options.device)
+                    name = f"cope_{options.device}_{part}_{length}_{kind}_{dtype_name}"
+                    yield from rows_of(name, problem, case, options)
 
 
 def main() -> int:
     parser = addable(arguments(__doc__))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--chunk", type=int, default=8192, help="the most rows of a prefill")
     parser.add_argument(
@@ -167,8 +181,9 @@ def main() -> int:
         help="up to so many keys and rows it is also written out; 8192 take some GiB",
     )  # fmt: skip
     parser.add_argument(
-        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
-    )
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"],
+        help="default: both on a CPU, bfloat16 on a GPU",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="the fewest that a median is of")
     options = parser.parse_args()
@@ -181,6 +196,10 @@ def main() -> int:
 
     from vllm_sparse.kernels import cpu
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave it out")
+    if options.dtypes is None:
+        options.dtypes = ["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]
     torch.set_num_threads(options.threads)
     cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
     results = Results(options.json, add=options.add)
