@@ -196,6 +196,7 @@ def test_checkpoints_come_back_through_auto_classes(model: CoPEForCausalLM, tmp_
     assert torch.equal(scores(loaded, ids), scores(model, ids))
 
 
-def test_a_table_without_positions_is_refused() -> None:
-    with pytest.raises(Exception, match="cope_positions: got 0"):
-        small_config(cope_positions=0)
+@pytest.mark.parametrize("positions", [0, -3, 2.5, "many", None])
+def test_a_table_without_positions_is_refused(positions) -> None:
+    with pytest.raises(ValueError, match=f"cope_positions: got {positions!r}"):
+        CoPEForCausalLM(small_config(cope_positions=positions))

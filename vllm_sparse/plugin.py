@@ -44,8 +44,8 @@ def register_cope() -> None:
 
     try:
         from . import models  # noqa: F401  makes AutoConfig know the configuration
-    except (ImportError, AttributeError) as error:
-        # Of no concern to those who serve another model, with an older transformers.
+    except Exception as error:
+        # Those who serve another model, with another transformers, are to notice nothing else.
         log.once(logger, logging.INFO, f"CoPE models cannot be served by this vLLM: {error}")
         return
     if COPE_MODEL not in ModelRegistry.get_supported_archs():

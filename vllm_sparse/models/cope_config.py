@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 
-@strict
 class CoPEConfig(LlamaConfig):
     """A Llama's configuration, whose layers have contextual positions in place of RoPE.
 
@@ -19,9 +17,15 @@ class CoPEConfig(LlamaConfig):
     # Positions in each layer's table: what lies beyond the last counts as the last.
     cope_positions: int = 64
 
-    def validate_cope_positions(self):
-        """Part of the validation by `@strict`."""
-        if self.cope_positions < 1:
-            raise ValueError(
-                f"cope_positions: got {self.cope_positions}; a table has at least 1 position"
-            )
+
+def table_shape(config: CoPEConfig) -> tuple[int, int]:
+    """[positions, head size] of a layer's table.
+
+    Raises:
+        ValueError: no whole number of positions from 1. Transformers checks the types of its own
+            configurations in newer versions alone.
+    """
+    positions = config.cope_positions
+    if not isinstance(positions, int) or positions < 1:
+        raise ValueError(f"cope_positions: got {positions!r}; give a whole number from 1")
+    return positions, config.head_dim

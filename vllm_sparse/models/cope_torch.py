@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from ..kernels.cope_reference import contextual_logits
-from .cope_config import CoPEConfig
+from .cope_config import CoPEConfig, table_shape
 
 
 class CoPEAttention(nn.Module):
@@ -30,7 +30,7 @@ class CoPEAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
         # Zeros: training starts without positions, as the authors' does.
-        self.pos_emb = nn.Parameter(torch.zeros(config.cope_positions, self.head_dim))
+        self.pos_emb = nn.Parameter(torch.zeros(table_shape(config)))
 
     def forward(
         self,

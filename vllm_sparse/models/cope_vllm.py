@@ -12,7 +12,7 @@ from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 from vllm.model_executor.utils import set_weight_attrs
 
 from .cope_backend import backend_of_platform, make_known
-from .cope_config import CoPEConfig
+from .cope_config import CoPEConfig, table_shape
 
 
 class CoPEAttention(nn.Module):
@@ -50,7 +50,7 @@ class CoPEAttention(nn.Module):
         self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         # NaN shows where a checkpoint has no table and vLLM does not look: it does not ask that
         # every weight is there of a quantized one.
-        table = torch.full((config.cope_positions, head_dim), torch.nan)
+        table = torch.full(table_shape(config), torch.nan)
         self.pos_emb = nn.Parameter(table, requires_grad=False)
         set_weight_attrs(self.pos_emb, {"weight_loader": load_table})
         backend = backend_of_platform()
