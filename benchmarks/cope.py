@@ -142,15 +142,16 @@ def rows_of(name: str, problem: Problem, case: dict, options) -> Iterator[Row]:
     if failed:
         yield Row.failed(name, case, failed, peer=WRITTEN_OUT, unit="ms", error=error)
         return
-    works = {"ours": problem.ours, PLAIN: problem.plain}
-    writes = case["rows"] * case["keys"] <= options.written**2
-    if writes:
-        works[WRITTEN_OUT] = problem.written_out
-    ms = {key: 1e3 * each for key, each in clock(works, options.rounds).items()}
-    yield Row.time(f"{name}_plain", case, ms["ours"], PLAIN, ms[PLAIN], unit="ms", error=error)
-    if not writes:
-        return
-    yield Row.time(name, case, ms["ours"], WRITTEN_OUT, ms[WRITTEN_OUT], unit="ms", error=error)
+    # Each peer takes turns with ours alone: of three, one would always find the caches as that one
+    # leaves them which writes gigabytes.
+    for figure, peer, work in (
+        (f"{name}_plain", PLAIN, problem.plain),
+        (name, WRITTEN_OUT, problem.written_out),
+    ):
+        if peer == WRITTEN_OUT and case["rows"] * case["keys"] > options.written**2:
+            return
+        ms = {k: 1e3 * s for k, s in clock({"": problem.ours, peer: work}, options.rounds).items()}
+        yield Row.time(figure, case, ms[""], peer, ms[peer], unit="ms", error=error)
     if case["rows"] > 1 and case["device"] == "cpu":
         ours, theirs = peak_mib(problem.ours), peak_mib(problem.written_out)
         if ours and theirs:

@@ -1,4 +1,4 @@
-// Attention with contextual positions: a tile of query rows over all their keys, the last key first.
+// Attention with contextual positions: a tile of query rows over its keys, the last key first.
 //
 // A key's position is the sum of the gates from it up to the query, so that going backwards a lane
 // only carries one sum. What a position adds to a logit lies between two of the query's products
@@ -21,9 +21,9 @@ struct CopeTile {
   float* over;
   float* z;  // [P, 64] products with the table, scaled
 
-  CopeTile(const Cope& a, float scratch_scale, float* scratch)
+  CopeTile(const Cope& a, float scale, float* scratch)
       : block(scratch, a.shape.head_size),
-        head(scratch + SharedBlock::floats(a.shape.head_size), a.shape.head_size, scratch_scale,
+        head(scratch + SharedBlock::floats(a.shape.head_size), a.shape.head_size, scale,
              block.scores) {
     whole = reinterpret_cast<int32_t*>(head.sum + kTile);
     over = head.sum + 2 * kTile;

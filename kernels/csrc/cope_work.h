@@ -17,7 +17,8 @@ class CopePieces {
   std::vector<CopeWork> tiles;
   std::vector<SplitWork> ranges;  // after cut(): what the tiles left
 
-  CopePieces(const Cope& a, int64_t threads) : a_(a), group_(a.shape.num_heads / a.shape.num_kv_heads) {
+  CopePieces(const Cope& a, int64_t threads)
+      : a_(a), group_(a.shape.num_heads / a.shape.num_kv_heads) {
     int64_t keys = 0;
     for (int64_t s = 0; s < a.shape.num_seqs; ++s) {
       if (decodes(s)) keys += a.seq_lens[s];
@@ -50,7 +51,8 @@ class CopePieces {
     for (size_t i = 0; i < rows_.size(); ++i) {
       Row& row = rows_[i];
       for (int64_t key = 0; key < row.newest.first_key; key += split_, ++row.parts) {
-        const int64_t end = key + split_ < row.newest.first_key ? key + split_ : row.newest.first_key;
+        const int64_t left = row.newest.first_key - key;
+        const int64_t end = key + (split_ < left ? split_ : left);
         const int64_t at = (row.first_part + row.parts) * group_;
         ranges.push_back({row.seq, row.kv_head, key, end, &out_[at * a_.shape.head_size],
                           &lse_[at], &highest_[at]});
