@@ -113,6 +113,8 @@ def check(problem: Problem) -> tuple[float, str | None]:
     """The largest error of the last rows, of the largest output, and why it is too large."""
     import torch
 
+    from benchmarks.decode import rounding
+
     last = min(len(problem.q), 256)
     truth = problem.written_out(last, torch.float64)
     largest = truth.abs().max()
@@ -120,10 +122,8 @@ def check(problem: Problem) -> tuple[float, str | None]:
         float((out.double() - truth).abs().max() / largest)
         for out in (problem.ours()[-last:], problem.written_out(last))
     )
-    # The output's own rounding, and that of fp32 sums, whose values cancel each other: as in
-    # benchmarks.decode. A key that was lost at 32K would be sixteen times the limit.
-    sums = torch.finfo(torch.float32).eps * float(problem.caches[1].float().abs().mean() / largest)
-    if ours <= 2 * theirs + 4 * torch.finfo(problem.q.dtype).eps + 16 * sums:
+    cancel = float(problem.caches[1].float().abs().mean() / largest)
+    if ours <= 2 * theirs + rounding(problem.q.dtype, cancel):
         return ours, None
     return ours, f"off by {ours:.2g}, {WRITTEN_OUT} by {theirs:.2g}"
 

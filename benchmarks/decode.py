@@ -39,6 +39,19 @@ def turns(work: dict[str, Callable[[], object]], rounds: int) -> dict[str, float
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def rounding(dtype, cancel: float) -> float:
+    """What rounding may change of an output, of the largest there is.
+
+    The output's own, and that of fp32 sums, whose values cancel each other: at 32K keys to a
+    thirtieth of what they are. A key that was lost there would be sixteen times the limit.
+
+    cancel: how many times as large as the largest output a value typically is.
+    """
+    import torch
+
+    return 4 * torch.finfo(dtype).eps + 16 * torch.finfo(torch.float32).eps * cancel
+
+
 def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) -> list[Row]:
     import torch
 
@@ -80,10 +93,7 @@ def rows_of(heads: str, batch: int, context: int, dtype_name: str, rounds: int) 
         out = torch.empty_like(q)
         work[softmax] = lambda ours=ours, out=out: ours(out=out)
     largest = float(peer_out.float().abs().max())
-    # The output's own rounding, and that of fp32 sums, whose values cancel each other: at 32K keys
-    # to a thirtieth of what they are. A key that was lost there would be sixteen times the limit.
-    sums = torch.finfo(torch.float32).eps * typical / largest
-    limit = 4 * torch.finfo(dtype).eps + 16 * sums
+    limit = rounding(dtype, typical / largest)
     errors = {
         name: float((out.float() - peer_out.float()).abs().max()) / largest
         for name, out in results.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from .paged_cache import gather_keys
+from .reference import weigh
 
 
 def contextual_logits(logits: torch.Tensor, seen: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -91,11 +92,9 @@ def cope_attention(
             query = q[rows, head].double()  # fp64 products, as in `reference.attend`
             logits = (query @ k[head // group].double().T).float() * scale
             z = (query @ pos_emb.double().T).float() * scale
-            logits = contextual_logits(logits, seen, z)
-            lse[rows, head] = torch.logsumexp(logits, -1)
-            top = lse[rows, head, None]
-            p = torch.exp(logits - top.masked_fill(top.isinf(), 0.0))
-            out[rows, head] = (p @ v[head // group].float()).to(out.dtype)
+            o, e = weigh(contextual_logits(logits, seen, z), v[head // group])
+            out[rows, head] = o.to(out.dtype)
+            lse[rows, head] = e
     return out, lse
 
 

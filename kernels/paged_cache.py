@@ -42,6 +42,11 @@ def write_kv(
         cache[index] = new.to(cache.dtype)
 
 
+def halves(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views [num_pages, Hkv, page, D] of the keys and values in vLLM's cache, [..., 2 D]."""
+    return kv_cache[..., :head_size], kv_cache[..., head_size:]
+
+
 def gather_keys(
     k_cache: torch.Tensor,
     block_table_row: torch.Tensor,

@@ -31,8 +31,13 @@ def attend(
     scores = (q.double() @ k.double().T).float() * scale
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    p = torch.exp(scores - lse[:, None].masked_fill(lse[:, None].isinf(), 0.0))
+    return weigh(scores, v)
+
+
+def weigh(logits: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend` from its logits on: fp32 [M, N], -inf where a query does not see a key."""
+    lse = torch.logsumexp(logits, -1)
+    p = torch.exp(logits - lse[:, None].masked_fill(lse[:, None].isinf(), 0.0))
     return p @ v.float(), lse
 
 

@@ -29,7 +29,7 @@ from .kernels.gpu.paged_decode import (
     warm_up,
 )
 from .kernels.gpu.sparse_prefill import sparse_prefill
-from .kernels.paged_cache import FP8, check_scales
+from .kernels.paged_cache import FP8, check_scales, halves
 from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
 from .patterns import ADAPTIVE
@@ -147,7 +147,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         """Keys and values [num_pages, Hkv, page, D] of vLLM's cache, which holds FP8 as bytes."""
         if self.fp8 and kv_cache.dtype != FP8:
             kv_cache = kv_cache.view(FP8)
-        return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
+        return halves(kv_cache, self.head_size)
 
     def _scales(self, layer) -> dict[str, torch.Tensor]:
         """Of keys and values, on the device, as vLLM calibrated or loaded them."""

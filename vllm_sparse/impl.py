@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from . import kernels
 from .config import SparseConfig
 from .cpu_offload.host import StoreLost
+from .kernels.paged_cache import halves
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
 from .planner import plan_prefill
@@ -23,16 +24,33 @@ if TYPE_CHECKING:
     from .offload import OffloadedLayer
 
 
-class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
+class CpuAttentionImpl(AttentionImpl):
+    """What our layers on CPUs have in common: the writing of the cache, and what they refuse."""
+
+    supports_dcp = False  # vLLM's own default was True in 0.26
+    supports_pcp = False
+
+    head_size: int
+
+    def do_kv_cache_update(
+        self,
+        layer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write a step's keys and values, [T, Hkv, D] each; vLLM calls it before forward."""
+        kernels.write_kv(key, value, *halves(kv_cache, self.head_size), slot_mapping)
+
+
+class SparseAttentionImpl(CpuAttentionImpl):
     """Attention of one layer.
 
     Raises:
         ValueError: for a kind of attention that only the layer itself tells of (ALiBi, logits
             soft cap, KV shared between layers, ...).
     """
-
-    supports_dcp = False  # vLLM's own default was True in 0.26
-    supports_pcp = False
 
     def __init__(
         self,
@@ -84,18 +102,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
         self.phi: torch.Tensor | None = None
         self.always_dense = False
 
-    def do_kv_cache_update(
-        self,
-        layer,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write a step's keys and values, [T, Hkv, D] each; vLLM calls it before forward."""
-        k_cache, v_cache = self._split(kv_cache)
-        kernels.write_kv(key, value, k_cache, v_cache, slot_mapping)
-
     def forward(
         self,
         layer,
@@ -116,7 +122,7 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             return output.fill_(0)
         if self.patterns is None:
             self._find_patterns(layer.layer_name)
-        k_cache, v_cache = self._split(kv_cache)
+        k_cache, v_cache = halves(kv_cache, self.head_size)
         if self.config.offloads:
             return self._forward_offloaded(
                 layer.layer_name, query, key, value, k_cache, v_cache, attn_metadata, output
@@ -242,10 +248,6 @@ class SparseAttentionImpl(AttentionImpl[SparseMetadata]):
             return indices.selected_keys(segment.query_lens, segment.seq_lens_list)
         causal = self.num_heads * segment.causal_keys
         return causal, causal
-
-    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of the keys and of the values, [num_pages, Hkv, page, D] each."""
-        return kv_cache[..., : self.head_size], kv_cache[..., self.head_size :]
 
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)

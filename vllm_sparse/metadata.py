@@ -97,8 +97,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
     ) -> SparseMetadata:
         """The step's SparseMetadata. vLLM 0.27 passes the arguments by name."""
         common = common_attn_metadata
-        if isinstance(common.causal, torch.Tensor) or not common.causal:  # a tensor: row by row
-            raise NotImplementedError("the sparse backend is causal only")
+        refuse_non_causal(common, "the sparse backend")
         starts = common.query_start_loc_cpu.tolist()
         query_lens = [b - a for a, b in itertools.pairwise(starts)]
         while query_lens and query_lens[-1] == 0:  # padding
@@ -163,6 +162,12 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         STATS.prefill_tokens += sum(s.end - s.begin for s in metadata.segments)
         STATS.sparse_chunks += num_sparse
         STATS.dense_chunks += num_seqs - metadata.num_decodes - num_sparse
+
+
+def refuse_non_causal(common: CommonAttentionMetadata, what: str) -> None:
+    """Raise NotImplementedError, of what is causal only, for a step with rows that are not."""
+    if isinstance(common.causal, torch.Tensor) or not common.causal:  # a tensor: row by row
+        raise NotImplementedError(f"{what} is causal only")
 
 
 def _backend(layer) -> type | None:

@@ -24,18 +24,17 @@ def stand_in() -> None:
 
     from vllm_sparse import cpu_platform, cuda_metadata, cuda_runtime, plugin
     from vllm_sparse.kernels import reference
-
-    def halves(impl, cache):
-        return cache[..., : impl.head_size], cache[..., impl.head_size :]
+    from vllm_sparse.kernels.paged_cache import halves
 
     def write(impl, layer, key, value, cache, slot_mapping):
-        reference.write_kv(key, value, *halves(impl, cache), slot_mapping)
+        reference.write_kv(key, value, *halves(cache, impl.head_size), slot_mapping)
 
     def attend(impl, layer, query, key, value, cache, metadata, output, *scales):
         tokens = metadata.num_actual_tokens
         reference.sparse_prefill(
-            query[:tokens], *halves(impl, cache), metadata.block_table, metadata.query_start_loc,
-            metadata.seq_lens, None, scale=impl.scale, out=output[:tokens].view_as(query[:tokens]),
+            query[:tokens], *halves(cache, impl.head_size), metadata.block_table,
+            metadata.query_start_loc, metadata.seq_lens, None, scale=impl.scale,
+            out=output[:tokens].view_as(query[:tokens]),
         )  # fmt: skip
         return output
 

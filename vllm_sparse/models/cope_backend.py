@@ -10,7 +10,6 @@ from vllm import envs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
@@ -19,12 +18,15 @@ from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from .. import compat, kernels, log, runtime
 from ..backend import SparseAttentionBackend
-from ..impl import special_features
+from ..impl import CpuAttentionImpl, special_features
 from ..kernels import cpu
+from ..kernels.paged_cache import halves
+from ..metadata import refuse_non_causal
 
 logger = log.get_logger(__name__)
 
 COPE = "COPE"
+WHAT = "attention with contextual positions"
 
 
 class CoPEBackend(SparseAttentionBackend):
@@ -71,8 +73,7 @@ class CoPEMetadataBuilder(AttentionMetadataBuilder[CoPEMetadata]):
     ) -> CoPEMetadata:
         """The step's CoPEMetadata. vLLM 0.27 passes the arguments by name."""
         common = common_attn_metadata
-        if isinstance(common.causal, torch.Tensor) or not common.causal:  # a tensor: row by row
-            raise NotImplementedError("attention with contextual positions is causal only")
+        refuse_non_causal(common, WHAT)
         return CoPEMetadata(
             num_actual_tokens=common.num_actual_tokens,
             max_query_len=common.max_query_len,
@@ -82,7 +83,7 @@ class CoPEMetadataBuilder(AttentionMetadataBuilder[CoPEMetadata]):
         )
 
 
-class CoPEImpl(AttentionImpl[CoPEMetadata]):
+class CoPEImpl(CpuAttentionImpl):
     """Attention of one layer.
 
     Args:
@@ -93,9 +94,6 @@ class CoPEImpl(AttentionImpl[CoPEMetadata]):
         ValueError: for a kind of attention that has no contextual positions here (ALiBi, a window,
             KV shared between layers, an FP8 cache, ...).
     """
-
-    supports_dcp = False  # vLLM's own default was True in 0.26
-    supports_pcp = False
 
     def __init__(
         self,
@@ -133,17 +131,6 @@ class CoPEImpl(AttentionImpl[CoPEMetadata]):
             logger, logging.INFO,
             f"CoPE attention: kernels {cpu.isa()} x {threads} thread{'' if threads == 1 else 's'}",
         )  # fmt: skip
-
-    def do_kv_cache_update(
-        self,
-        layer,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Write a step's keys and values, [T, Hkv, D] each; vLLM calls it before forward."""
-        kernels.write_kv(key, value, *halves(kv_cache, self.head_size), slot_mapping)
 
     def forward(
         self,
@@ -192,11 +179,6 @@ def attend(
         out=output[rows].view_as(query[rows]),
     )
     return output
-
-
-def halves(kv_cache: torch.Tensor, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the keys and of the values, [num_pages, Hkv, page, D] each."""
-    return kv_cache[..., :head_size], kv_cache[..., head_size:]
 
 
 def refuse_layer(kv_cache_dtype: str, **asked) -> None:

@@ -14,7 +14,8 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from ..cuda_backend import SparseCudaBackend
-from .cope_backend import COPE, CoPEBackend, attend, refuse_layer
+from ..metadata import refuse_non_causal
+from .cope_backend import COPE, WHAT, CoPEBackend, attend, refuse_layer
 
 
 class CoPECudaBackend(SparseCudaBackend):
@@ -63,9 +64,7 @@ class CoPECudaMetadataBuilder(TritonAttentionMetadataBuilder):
         self, common_prefix_len: int, common_attn_metadata, fast_build: bool = False
     ) -> TritonAttentionMetadata:
         """The step's metadata. vLLM 0.27 passes the arguments by name."""
-        causal = common_attn_metadata.causal
-        if isinstance(causal, torch.Tensor) or not causal:  # a tensor: row by row
-            raise NotImplementedError("attention with contextual positions is causal only")
+        refuse_non_causal(common_attn_metadata, WHAT)
         return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
 
