@@ -92,7 +92,7 @@ def _library() -> ctypes.CDLL | str:
     for name in (
         "row_scores", "block_means", "tile_means", "heaviest", "index_lists",
         "cheapest_window", "cheapest_columns", "cheapest_threshold", "cheapest_union",
-        "least_keys", "sort_columns", "cope",
+        "least_keys", "sort_columns", "cope", "linear", "pack_linear",
     ):  # fmt: skip
         getattr(library, f"vllm_sparse_{name}").argtypes = [ctypes.c_void_p]
     return library

@@ -12,6 +12,7 @@
 #include "heaviest.h"
 #include "index_lists.h"
 #include "last_rows.h"
+#include "linear_work.h"
 #include "pattern_search.h"
 #include "thread_pool.h"
 
@@ -193,6 +194,20 @@ VLLM_SPARSE_API int vllm_sparse_cope(const Cope* args) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+// A linear layer, and the packing of its weights. 0 on success, 1 when memory ran out.
+
+VLLM_SPARSE_API int vllm_sparse_linear(const Linear* args) {
+  try {
+    return run_linear(*args, kernels()) ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+VLLM_SPARSE_API int vllm_sparse_pack_linear(const LinearWeight* args) {
+  return pack_linear(*args) ? 0 : 1;
 }
 
 // 0 on success, 1 when memory ran out, 2 where the shared keys are not this batch's.

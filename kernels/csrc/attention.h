@@ -1,5 +1,5 @@
 // What the C interface hands to the kernels. Mirrored field by field in kernels/cpu.py,
-// kernels/row_scoring.py, kernels/plan_steps.py and kernels/cope.py.
+// kernels/row_scoring.py, kernels/plan_steps.py, kernels/cope.py and kernels/linear.py.
 #pragma once
 
 #include <cstddef>
@@ -179,6 +179,35 @@ struct SplitWork {
   float* highest;
 };
 
+// Packed weights of a linear layer (linear_tile.h): panels of kPanel rows, in each the chunks of
+// kChunk steps along the inputs, in each the strips of kStripRows rows, in each the steps of a strip's
+// rows, kStepBytes of each row. What a thread reads is one stream.
+constexpr int kStripRows = 4;
+constexpr int kPanel = 32;
+constexpr int kStepBytes = 64;
+constexpr int kChunk = 64;
+constexpr int kRowGroup = 64;  // input rows whose chunk stays in the second-level cache
+
+// out[m] = inputs[m] . weight^T + bias.
+struct Linear {
+  int64_t dtype;
+  int64_t num_rows, num_outputs, num_inputs;
+  const void* x;
+  int64_t x_row_stride;
+  const void* packed;
+  const void* bias;  // [num_outputs], or null
+  void* out;
+  int64_t out_row_stride;
+};
+
+// A linear layer's weights [num_outputs, num_inputs], to be packed.
+struct LinearWeight {
+  int64_t dtype, num_outputs, num_inputs;
+  const void* weight;
+  int64_t row_stride;
+  void* packed;
+};
+
 // The kernels of one instruction set. Scratch is per thread, 64-byte aligned, counted in floats.
 struct Kernels {
   const char* name;
@@ -197,6 +226,12 @@ struct Kernels {
   void (*tile_means)(const TileMeans&, int64_t tile);
   size_t (*cope_scratch)(const Cope&);
   void (*cope_tile)(const Cope&, const CopeWork&, float* scratch);
+  // Copies rows of inputs as `linear_panel` reads them; `row_bytes` is such a row's.
+  size_t (*linear_row_bytes)(const Linear&);
+  void (*linear_row)(const Linear&, int64_t row, void* to);
+  // A panel's outputs of up to kRowGroup rows from first_row on; `rows` are their inputs.
+  void (*linear_panel)(const Linear&, int64_t panel, int64_t first_row, const void* rows,
+                       float* scratch);
 };
 
 const Kernels* generic_kernels();

@@ -3,6 +3,7 @@
 #define VLLM_SPARSE_VECS 4
 #include "cope_tile.h"
 #include "decode_split.h"
+#include "linear_tile.h"
 #include "prefill_tile.h"
 #include "row_scores.h"
 
@@ -30,6 +31,21 @@ void cope(const Cope& a, const CopeWork& w, float* scratch) {
   avx512_kernels()->cope_tile(a, w, scratch);
 }
 
+size_t row_bytes(const Linear& a) {
+  return a.dtype == kBFloat16 ? linear_row_bytes<BFloat16>(a)
+                              : avx512_kernels()->linear_row_bytes(a);
+}
+
+void row(const Linear& a, int64_t index, void* to) {
+  if (a.dtype == kBFloat16) return linear_row<BFloat16>(a, index, to);
+  avx512_kernels()->linear_row(a, index, to);
+}
+
+void panel(const Linear& a, int64_t index, int64_t first_row, const void* rows, float* scratch) {
+  if (a.dtype == kBFloat16) return linear_panel<BFloat16>(a, index, first_row, rows, scratch);
+  avx512_kernels()->linear_panel(a, index, first_row, rows, scratch);
+}
+
 }  // namespace
 
 const Kernels* avx512_bf16_kernels() {
@@ -40,6 +56,9 @@ const Kernels* avx512_bf16_kernels() {
     k.decode_split = split;
     k.row_scores = rows;
     k.cope_tile = cope;
+    k.linear_row_bytes = row_bytes;
+    k.linear_row = row;
+    k.linear_panel = panel;
     return k;
   }();
   return &kernels;

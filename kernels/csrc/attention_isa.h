@@ -8,6 +8,7 @@
 #include "block_means.h"
 #include "cope_tile.h"
 #include "decode_split.h"
+#include "linear_tile.h"
 #include "prefill_tile.h"
 #include "row_scores.h"
 
@@ -83,6 +84,32 @@ void cope_tile_any(const Cope& a, const CopeWork& w, float* scratch) {
   }
 }
 
+size_t linear_row_bytes_any(const Linear& a) {
+  switch (a.dtype) {
+    case kFloat32: return linear_row_bytes<float>(a);
+    case kBFloat16: return linear_row_bytes<BFloat16>(a);
+    case kFloat16: return linear_row_bytes<Float16>(a);
+  }
+  return 0;
+}
+
+void linear_row_any(const Linear& a, int64_t row, void* to) {
+  switch (a.dtype) {
+    case kFloat32: return linear_row<float>(a, row, to);
+    case kBFloat16: return linear_row<BFloat16>(a, row, to);
+    case kFloat16: return linear_row<Float16>(a, row, to);
+  }
+}
+
+void linear_panel_any(const Linear& a, int64_t panel, int64_t first_row, const void* rows,
+                      float* scratch) {
+  switch (a.dtype) {
+    case kFloat32: return linear_panel<float>(a, panel, first_row, rows, scratch);
+    case kBFloat16: return linear_panel<BFloat16>(a, panel, first_row, rows, scratch);
+    case kFloat16: return linear_panel<Float16>(a, panel, first_row, rows, scratch);
+  }
+}
+
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           prefill_scratch,
@@ -95,7 +122,10 @@ constexpr Kernels make_kernels(const char* name) {
           block_means_any,
           tile_means_any,
           cope_scratch,
-          cope_tile_any};
+          cope_tile_any,
+          linear_row_bytes_any,
+          linear_row_any,
+          linear_panel_any};
 }
 
 }  // namespace

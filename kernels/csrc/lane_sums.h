@@ -46,7 +46,7 @@ inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
 
 // Lane j of the result is the sum of the lanes of v[j]. 45 instructions for what takes `sums`,
 // called four times, a hundred.
-inline Vec sums_of_16(const Vec* v) {
+__attribute__((always_inline)) inline Vec sums_of_16(const Vec* v) {
   __m512 pair[8], four[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
