@@ -1,9 +1,10 @@
 """The first look at a GPU: a choice of the kernels' tests, in bfloat16, float16 and FP8.
 
 The tests are those of `tests/gpu`, by pytest, on as many cores as there are where pytest-xdist is
-installed: what takes time is Triton's compiler, 0.1 to 1.9 seconds for each of some 200 forms of
-kernels, about three minutes of one core. The choice has every kernel, each kind of adversarial
-case, head sizes 64 to 256, and the three softmax modes; the whole folder is `pytest tests/gpu`.
+installed: what takes time is Triton's compiler, 0.1 to 1.9 seconds for each of some 230 forms of
+kernels, more than three minutes of one core. The choice has every kernel but those of CoPE, each
+kind of adversarial case, head sizes 64 to 256, and the three softmax modes; the whole folder is
+`pytest tests/gpu`.
 """
 
 from __future__ import annotations
@@ -75,6 +76,18 @@ CHOICE: dict[str, tuple[str, ...]] = {
         "test_lengths[1000-bf16]", "test_shapes", "test_sinks_take_part_beside_means",
         "test_more_left_out_blocks_and_columns_than_are_taken_at_once",
         "test_invalid_and_repeated_entries_are_ignored",
+    ),
+    "test_linear_gpu": (
+        "test_rows[gemv-1-bf16]", "test_rows[gemv-2-fp16]", "test_rows[gemv-3-bf16]",
+        "test_rows[gemv-4-fp16]", "test_rows[gemv-9-bf16]", "test_rows[flat_gemm-1-fp16]",
+        "test_rows[flat_gemm-8-bf16]", "test_rows[flat_gemm-16-fp16]",
+        "test_rows[flat_gemm-33-bf16]", "test_rows[flat_gemm-65-bf16]",
+        "test_rows_of_wider_tensors[gemv-3-1024-bf16]",
+        "test_rows_of_wider_tensors[flat_gemm-7-1000-bf16]",
+        "test_nothing_beside_the_output_is_written", "test_each_size_of_a_gemv_tile",
+        "test_wide_tiles_of_a_flat_gemm", "test_splits[2-640-5-bf16]",
+        "test_splits[65-600-1000-fp16]", "test_rows_do_not_depend_on_their_neighbours",
+        "test_a_captured_graph_follows_the_activations",
     ),
 }  # fmt: skip
 

@@ -25,6 +25,8 @@ MODULES = (
     "choose_pattern",
     "cope_split",
     "cope_tile",
+    "flat_gemm",
+    "gemv",
     "index_lists",
     "key_worth",
     "last_union",

@@ -60,9 +60,11 @@ def test_nothing_spills_on_sm_90(rows):
     assert spilling == SPILLS.get(triton.__version__.rsplit(".", 1)[0], {})
 
 
-def test_prefill_multiplies_with_wgmma(rows):
-    prefill = [row for row in rows if row["kernel"] == "sparse_prefill"]
-    assert prefill and all(row["wgmma"] for row in prefill)
+@pytest.mark.parametrize("kernel", ["sparse_prefill", "flat_gemm"])
+def test_what_is_made_for_wgmma_multiplies_with_it(rows, kernel):
+    """A flat GEMM also with 8 rows, which no operand but the second can have."""
+    its = [row for row in rows if row["kernel"] == kernel]
+    assert its and all(row["wgmma"] for row in its)
 
 
 def test_unknown_names_are_refused():
