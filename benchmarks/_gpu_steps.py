@@ -137,4 +137,10 @@ STEPS = (
          "--lengths", "8192", "32768"),
         share=0.9, most_s=120,
     ),
+    Step(
+        "linear", "linear layers of decode against cuBLAS and torch.compile",
+        ("-m", "benchmarks.linear", "--device", "cuda", "--json", "{out}/decode.json", "--add",
+         "--models", "Llama-3.1-8B", "--compiled", "16", "1"),
+        share=0.9, most_s=240,
+    ),
 )  # fmt: skip

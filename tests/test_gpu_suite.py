@@ -201,11 +201,12 @@ def test_bad_arguments_are_named(argv, says, capsys):
 
 def test_every_step_is_a_command_that_its_benchmark_takes():
     """Parsed, not run: an option that is not there would cost a whole session on a GPU."""
-    from benchmarks import decode, gpu_break_even, gpu_engine, prefill
+    from benchmarks import decode, gpu_break_even, gpu_engine, linear, prefill
 
     parsers = {
         "benchmarks.prefill": prefill, "benchmarks.decode": decode,
         "benchmarks.gpu_engine": gpu_engine, "benchmarks.gpu_break_even": gpu_break_even,
+        "benchmarks.linear": linear,
     }  # fmt: skip
     out = Path("/results")
     commands = [c for one in STEPS for c in (one.arguments(out), *one.beside)]
