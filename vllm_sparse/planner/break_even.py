@@ -5,12 +5,7 @@ Measured once, at the first start, and kept in the user's cache folder.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
-import os
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,12 +13,11 @@ from pathlib import Path
 import torch
 
 from vllm_sparse import __version__
+from vllm_sparse.kept import keep, kept, kept_file, processor
 from vllm_sparse.kernels import cpu, sparse_prefill
 from vllm_sparse.patterns import ADAPTIVE
 
 from .plan import plan_prefill
-
-logger = logging.getLogger("vllm_sparse.planner")
 
 NEVER = 1 << 30  # tokens; longer than any context
 STEP = 256  # a measured break-even is a multiple of this
@@ -36,7 +30,6 @@ WORTH = 2 / 3
 CHUNK = 4096  # rows planned at a time where the caller does not say
 MAX_HEADS = 8  # measured at once: both paths cost in proportion to the heads
 PAGE = 64
-MAX_CACHE_BYTES = 1 << 20
 
 
 def break_even(
@@ -201,61 +194,16 @@ def _paths(
     return sparse, dense
 
 
-def processor() -> str:
-    """The processor's model."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def cache_file() -> Path:
-    """`vllm-sparse/break_even.json` in the user's cache folder."""
-    folder = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG rules say to ignore a relative path.
-    root = Path(folder) if os.path.isabs(folder) else Path(os.path.expanduser("~/.cache"))
-    return root / "vllm-sparse" / "break_even.json"
+    """Where break-evens are kept."""
+    return kept_file("break_even")
 
 
 def settled(path: Path, key: str, measure: Callable[[], Iterable[tuple[int, float]]]) -> int:
     """The break-even kept under a key, or else the crossing of what is measured, kept then."""
-    value = _read(path).get(key)
+    value = kept(path).get(key)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= NEVER:
         return value
     tokens = crossing(list(measure()))
-    _write(path, key, tokens)
+    keep(path, key, tokens)
     return tokens
-
-
-def _read(path: Path) -> dict[str, object]:
-    """What the cache file holds; nothing where it cannot be read or is not ours."""
-    try:
-        with open(path, "rb") as file:
-            text = file.read(MAX_CACHE_BYTES + 1)
-        data = json.loads(text) if len(text) <= MAX_CACHE_BYTES else None
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        logger.debug("No break-even from %s: %s", path, error)
-        return {}
-    return data if isinstance(data, dict) else {}
-
-
-def _write(path: Path, key: str, tokens: int) -> None:
-    """Add a result; whole or not at all, and no error where the folder cannot be written."""
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(path), key: tokens}, indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    except OSError as error:
-        logger.debug("The break-even is not kept in %s: %s", path, error)
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)

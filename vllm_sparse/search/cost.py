@@ -8,9 +8,7 @@ model's own shape and type, in CPU seconds of one thread: they are the same on a
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,12 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_sparse import __version__
-from vllm_sparse.files import write_whole
+from vllm_sparse.kept import keep, kept, kept_file, processor
 from vllm_sparse.kernels import BlockIndices, cpu, sparse_prefill
 from vllm_sparse.kernels.block_indices import BLOCK, TILE
 from vllm_sparse.patterns import HeadPattern
 from vllm_sparse.planner import plan_prefill
-from vllm_sparse.planner.break_even import MAX_CACHE_BYTES, cache_file, processor
 
 from .candidates import plan_class
 
@@ -79,22 +76,18 @@ def machine_costs(
     heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, cache: Path | None = None
 ) -> Costs:
     """The costs for layers of this shape: from the cache file, else measured in half a minute."""
-    cache = cache_file().with_name("costs.json") if cache is None else cache
+    cache = kept_file("costs") if cache is None else cache
     machine = f"{processor()}, {cpu.isa()}"
     key = f"{machine}, {dtype}, {heads}/{kv_heads} heads of {head_size}, {__version__}"
     try:
-        known = _read(cache)
+        known = kept(cache)
         if key in known:
             return Costs.model_validate(known[key])
     except ValidationError as error:
         logger.warning("%s holds costs that are not ours, and is measured again: %s", cache, error)
     costs = measure(heads, kv_heads, head_size, dtype, machine)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        entries = {**_read(cache), key: costs.model_dump(mode="json")}
-        write_whole(cache, json.dumps(entries, indent=1) + "\n")
-    except OSError as error:
-        logger.warning("The costs are not kept, and will differ next time: %s", error)
+    if not keep(cache, key, costs.model_dump(mode="json")):
+        logger.warning("The costs are not kept in %s, and will differ next time", cache)
     return costs
 
 
@@ -180,13 +173,3 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         times.append(time.thread_time() - begin)
     return min(times)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if os.path.getsize(path) > MAX_CACHE_BYTES:
-            return {}
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return data if isinstance(data, dict) else {}
