@@ -82,6 +82,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "vllm_sparse",
+        "vllm_sparse.linear",
         "vllm_sparse.models",
         "vllm_sparse.planner",
         "vllm_sparse.report",

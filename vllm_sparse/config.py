@@ -16,6 +16,7 @@ ALLOWED = {
     "patterns": "the path of a pattern file, or null for the adaptive default in every head",
     "decode": '"dense", "exact", "lsh", "vattention" or "topk"',
     "softmax": '"online", "lazy" or "unified"',
+    "linear": '"vllm", "flat" or "auto"',
     "dense_layers": "a list of layer numbers from 0, whose prefill is dense",
     "shared_prefix": "true or false: whether decode reads pages that several sequences begin with "
     "once for them, or null: on a CPU",
@@ -43,6 +44,7 @@ class SparseConfig(BaseModel):
     patterns: str | None = None
     decode: Literal["dense", "exact", "lsh", "vattention", "topk"] = "dense"
     softmax: Literal["online", "lazy", "unified"] = "online"
+    linear: Literal["vllm", "flat", "auto"] = "vllm"
     dense_layers: tuple[int, ...] = ()
     shared_prefix: bool | None = None
     mean_correction: bool = False

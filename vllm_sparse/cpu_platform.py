@@ -139,6 +139,10 @@ def check_config(vllm_config) -> None:
         return
     compat.warn_if_untested()
     config = SparseConfig.from_additional_config(vllm_config.additional_config)
+    if config.linear != "vllm":
+        from .linear import layers
+
+        layers.install()
     if vllm_config.model_config is not None:
         from .runtime import Model, fit_patterns, fit_phi  # loads the kernels and the planner
 

@@ -14,6 +14,8 @@ COPE_MODEL_PATH = "vllm_sparse.models.cope_vllm:CoPEForCausalLM"
 
 logger = log.get_logger(__name__)
 
+_selected = False  # whether a configuration came to this process that has our backend
+
 
 def register() -> None:
     """Make `attention_backend="sparse"` and CoPE models known to vLLM in this process. May be
@@ -25,6 +27,11 @@ def register() -> None:
         return
     sparse_member()
     register_cope()
+    if _selected:
+        from .linear import layers
+
+        # Its settings are seen where layers are made: here the configuration is out of reach.
+        layers.install()
 
     from vllm.platforms import current_platform
 
@@ -55,8 +62,8 @@ def register_cope() -> None:
 def sparse_member():
     """The SPARSE member of vLLM's backend enum, added on the first call.
 
-    It is also what the member unpickles to. vLLM's config, which holds the member, is unpickled in
-    a spawned engine core before that process has loaded any plugin, and an enum pickles by value:
+    The member unpickles by it as well. vLLM's config, which holds the member, is unpickled in a
+    spawned engine core before that process has loaded any plugin, and an enum pickles by value:
     the process would die with "... is not a valid AttentionBackendEnum". vLLM on CPU always spawns.
     """
     from vllm.platforms import current_platform
@@ -71,5 +78,12 @@ def sparse_member():
     return member
 
 
+def unpickled_member():
+    """The SPARSE member, in a process that was handed a configuration with it."""
+    global _selected
+    _selected = True
+    return sparse_member()
+
+
 def _reduce(protocol: int):
-    return sparse_member, ()
+    return unpickled_member, ()
