@@ -168,7 +168,7 @@ def flash_for(
 
 def _left_to_triton(reason: str, message: str) -> None:
     log.once(logger, logging.WARNING, message)
-    STATS.fallbacks[reason] = STATS.fallbacks.get(reason, 0) + 1
+    STATS.fell_back(reason)
 
 
 def difference(

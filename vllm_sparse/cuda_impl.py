@@ -124,7 +124,7 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.cache_config = vllm_config.cache_config
         self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
         if self.always_dense:
-            STATS.fallbacks["sliding_window"] = STATS.fallbacks.get("sliding_window", 0) + 1
+            STATS.fell_back("sliding_window")
         # A draft's layers are not those that the settings' layers and patterns are of.
         self.layers = 0
         self.heads = HeadSettings()
@@ -180,7 +180,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             return
         message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
         log.once(logger, logging.WARNING, message)
-        STATS.fallbacks["means_from_keys"] = STATS.fallbacks.get("means_from_keys", 0) + 1
+        STATS.fell_back("means_from_keys")
 
     def _why_no_sums(self, k_cache: torch.Tensor) -> str | None:
         """Why no sums are kept of a cache's pages, or None: they are."""

@@ -87,7 +87,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         self.counts = ours[0] in layer_names
         self.reporter = Reporter(STATS, logger)
         if self.counts:
-            STATS.fallbacks = _left_to_vllm(layers)
+            STATS.fallbacks |= _left_to_vllm(layers)
 
     def build(
         self,

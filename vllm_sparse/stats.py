@@ -28,6 +28,10 @@ class Stats:
     attention_seconds: float = 0.0  # prefill kernels, planning not included
     fallbacks: dict[str, int] = field(default_factory=dict)  # layers left to vLLM, by reason
 
+    def fell_back(self, reason: str) -> None:
+        """Count a layer that was left to vLLM."""
+        self.fallbacks[reason] = self.fallbacks.get(reason, 0) + 1
+
     def since(self, before: Stats) -> Stats:
         """What was added after `before`; fallbacks stay totals."""
         added = {

@@ -18,9 +18,8 @@ from .choice import VLLM, Choice
 FLAT = "flat"
 NAMES = (FLAT, VLLM)
 
-# linear(x, weight, bias) as vLLM's CPU layers have it.
-Theirs = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
-
+# vLLM's own layer, for x and a bias or None.
+Theirs = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _layers: weakref.WeakValueDictionary[int, CpuLayer] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
@@ -40,10 +39,11 @@ class CpuLayer:
         bias: torch.Tensor | None,
         theirs: Theirs | None,
     ) -> None:
-        """`packed` and `theirs` may be missing where the choice never names them."""
+        """`packed` and `theirs` may be missing where the choice never names them; `bias` is of the
+        type of the weights, which the layer's own need not be: vLLM changes it for some kernels.
+        """
         self.choice, self.packed, self.theirs = choice, packed, theirs
-        # vLLM changes the type of a bias for kernels of its own.
-        self.bias = None if bias is None or packed is None else bias.detach().to(packed.dtype)
+        self.bias = bias
         number = next(_numbers)
         self.key = torch.tensor([number], dtype=torch.int64, device="cpu")
         _layers[number] = self
@@ -56,7 +56,7 @@ class CpuLayer:
         """x [..., K] to [..., N]; `bias` is the layer's, or None to leave it out."""
         rows = x.reshape(-1, x.shape[-1])
         if self.choice.name(len(rows)) == VLLM:
-            return self.theirs(x, None, bias)
+            return self.theirs(x, bias)
         out = linear(rows, self.packed, None if bias is None else self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
@@ -79,7 +79,7 @@ def choose(
         theirs = [make_theirs(one) for one in each]
         runs = {
             FLAT: [lambda x, p=p: linear(x, p) for p in packed],
-            VLLM: [lambda x, run=run: run(x, None, None) for run in theirs],
+            VLLM: [lambda x, run=run: run(x, None) for run in theirs],
         }
         return timing.choose(runs, k, weight.dtype, weight.device, timing.cpu_seconds)
 

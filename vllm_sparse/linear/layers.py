@@ -9,7 +9,7 @@ from vllm_sparse.config import SECTION, SparseConfig
 from vllm_sparse.plugin import BACKEND
 
 from .choice import VLLM
-from .method import FlatEmbeddingMethod, FlatLinearMethod
+from .method import FlatEmbeddingMethod, FlatLinearMethod, count_left
 
 LINEAR = (
     "ColumnParallelLinear", "MergedColumnParallelLinear", "QKVParallelLinear",
@@ -69,6 +69,8 @@ def adopt(layer) -> None:
         layer.quant_method = FlatLinearMethod(setting)
     elif plain is vocab_parallel_embedding.UnquantizedEmbeddingMethod:
         layer.quant_method = FlatEmbeddingMethod(setting)
+    else:
+        count_left("linear_quantized")
 
 
 def setting_in_force() -> str:

@@ -17,13 +17,13 @@ from vllm_sparse.kernels.linear_reference import DTYPES
 from vllm_sparse.runtime import size_pool
 from vllm_sparse.stats import STATS
 
-from . import cpu_layer
+from . import cpu_layer, op
 from .choice import VLLM, Choice
 from .cpu_layer import CpuLayer
 
 logger = log.get_logger(__name__)
 
-MEASURED, GIVEN = "auto", "flat"
+MEASURED = "auto"
 
 
 def left_to_vllm(layer: torch.nn.Module) -> str | None:
@@ -49,40 +49,43 @@ class _Ours:
         """Make what computes the layer, from its weights; `remove`: nobody else reads them."""
         reason = left_to_vllm(layer)
         if reason is not None:
-            STATS.fallbacks[reason] = STATS.fallbacks.get(reason, 0) + 1
-            log.once(logger, logging.INFO, f"Some linear layers are left to vLLM: {reason}")
+            count_left(reason)
             return super().process_weights_after_loading(layer)
-        if not current_platform.is_cpu():
-            from . import gpu_layer
-
+        if current_platform.is_cpu():
+            self._take_on_cpu(layer, remove)
+        else:
             super().process_weights_after_loading(layer)
-            choice, source = gpu_layer.decide(layer.weight, self.setting == MEASURED)
-            layer.flat_on_gpu = True
-            return say(layer.weight, choice, source)
-        weight = layer.weight.detach()
+            self._take_on_gpu(layer)
+
+    def _take_on_cpu(self, layer: torch.nn.Module, remove: bool) -> None:
+        weight, bias = layer.weight.detach(), getattr(layer, "bias", None)
+        threads = size_pool()
         choice, source = Choice.always(cpu_layer.FLAT), "given"
         if self.setting == MEASURED:
-            choice, source = cpu_layer.choose(weight, vllms_own, size_pool())
+            choice, source = cpu_layer.choose(weight, vllms_own_of, threads)
         say(weight, choice, source)
         packed = theirs = None
-        bias = getattr(layer, "bias", None)
         if cpu_layer.FLAT in choice.names:
-            size_pool()
+            # Before vLLM's own, which changes the type of a bias for some kernels.
             packed, bias = PackedWeight(weight), None if bias is None else bias.detach().clone()
         if VLLM in choice.names:
-            dispatch_cpu_unquantized_gemm(layer, remove_weight=remove)
-            theirs = layer.cpu_linear
+            theirs = vllms_own(layer, remove)
         elif remove:
             layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
-        layer.flat_outputs = weight.shape[0]
         layer.flat = CpuLayer(choice, packed, bias, theirs)
+        layer.flat_outputs = weight.shape[0]
         layer.register_buffer("flat_key", layer.flat.key, persistent=False)
+
+    def _take_on_gpu(self, layer: torch.nn.Module) -> None:
+        from . import gpu_layer  # loads Triton
+
+        choice, source = gpu_layer.decide(layer.weight, self.setting == MEASURED)
+        layer.flat_on_gpu = True
+        say(layer.weight, choice, source)
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        from . import op
-
         if hasattr(layer, "flat_key"):
             return op.cpu_linear(x, bias, layer.flat_key, layer.flat_outputs)
         if hasattr(layer, "flat_on_gpu"):
@@ -125,16 +128,33 @@ class FlatEmbeddingMethod(_Ours, UnquantizedEmbeddingMethod):
         return super().apply(layer, x, bias)
 
 
-def vllms_own(weight: torch.Tensor) -> cpu_layer.Theirs:
+def count_left(reason: str) -> None:
+    STATS.fell_back(reason)
+    log.once(logger, logging.INFO, f"Some linear layers are left to vLLM: {reason}")
+
+
+def vllms_own(layer: torch.nn.Module, remove: bool) -> cpu_layer.Theirs:
+    """What vLLM makes of a layer's weights; `remove`: which may go."""
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=remove)
+    # Where it makes nothing of them, it multiplies the weights themselves.
+    run, weight = layer.cpu_linear, layer.weight
+    return lambda x, bias: run(x, weight, bias)
+
+
+def vllms_own_of(weight: torch.Tensor) -> cpu_layer.Theirs:
     """vLLM's own layer of these weights."""
     layer = torch.nn.Module()
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
-    dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
-    return layer.cpu_linear
+    return vllms_own(layer, remove=True)
+
+
+_said: set[str] = set()
 
 
 def say(weight: torch.Tensor, choice: Choice, source: str) -> None:
-    """One line for each shape of layers."""
+    """One line for each shape of layers; the first measures, and the others find it kept."""
     n, k = weight.shape
     line = f"Linear layers {n}x{k} {str(weight.dtype).removeprefix('torch.')}: {choice.line()}"
-    log.once(logger, logging.INFO, f"{line} ({source})")
+    if line not in _said:
+        _said.add(line)
+        logger.info("%s (%s)", line, source)
