@@ -146,6 +146,28 @@ def flash_attention(head_size: int, has_sinks: bool = False) -> tuple[Callable, 
     return (flash_attn_varlen_func, version) if version in ((3,) if has_sinks else (2, 3)) else None
 
 
+def replaceable_layers() -> tuple[type, dict[str, type]] | None:
+    """What linear layers and embeddings are replaced by, and what replaces which by name.
+
+    None where this vLLM has no such thing, or its linear layers do not take part in it.
+
+    REMOVE the question when 0.29 is the oldest supported vLLM.
+    """
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    try:
+        from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+    except ImportError:
+        return None
+    if not (
+        issubclass(LinearBase, PluggableLayer)
+        and issubclass(VocabParallelEmbedding, PluggableLayer)
+    ):
+        return None
+    return PluggableLayer, op_registry_oot
+
+
 def makes_draft(vllm_config) -> bool:
     """Whether vLLM is making the layers of a draft model, in speculative decoding.
 

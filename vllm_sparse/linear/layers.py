@@ -5,6 +5,7 @@ from __future__ import annotations
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
+from vllm_sparse import compat
 from vllm_sparse.config import SECTION, SparseConfig
 from vllm_sparse.plugin import BACKEND
 
@@ -25,18 +26,18 @@ def install() -> None:
     Raises:
         ValueError: a vLLM without replaceable layers, or another plugin has replaced them.
     """
-    try:
-        from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
-    except ImportError:
+    replaceable = compat.replaceable_layers()
+    if replaceable is None:
         raise ValueError(
-            f'{SECTION}["linear"] needs a vLLM whose layers can be replaced (0.29 or newer); '
+            f'{SECTION}["linear"] needs a vLLM whose linear layers can be replaced (0.32 can); '
             'upgrade vllm, or leave "linear" out'
-        ) from None
+        )
+    plugged, replaced = replaceable
     for names, module in ((LINEAR, linear), (EMBEDDINGS, vocab_parallel_embedding)):
         for name in names:
-            there = op_registry_oot.get(name)
+            there = replaced.get(name)
             if there is None:
-                PluggableLayer.register_oot(name=name)(_ours(getattr(module, name)))
+                plugged.register_oot(name=name)(_ours(getattr(module, name)))
             elif not getattr(there, "of_vllm_sparse", False):
                 raise ValueError(
                     f'{SECTION}["linear"] replaces vLLM\'s {name}, which {there.__module__} has '
