@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from . import compat, log
+from . import compat, log, plugin
 from .backend import HEAD_SIZES, PAGE_MULTIPLE, SparseAttentionBackend
 from .config import SparseConfig
 from .plugin import BACKEND, BACKEND_PATH, COPE_MODEL
@@ -139,7 +139,8 @@ def check_config(vllm_config) -> None:
         return
     compat.warn_if_untested()
     config = SparseConfig.from_additional_config(vllm_config.additional_config)
-    if config.linear != "vllm":
+    plugin.linear_asked = config.linear != "vllm"
+    if plugin.linear_asked:
         from .linear import layers
 
         layers.install()

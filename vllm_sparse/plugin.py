@@ -14,7 +14,9 @@ COPE_MODEL_PATH = "vllm_sparse.models.cope_vllm:CoPEForCausalLM"
 
 logger = log.get_logger(__name__)
 
-_selected = False  # whether a configuration came to this process that has our backend
+# Whether the configuration that this process serves by asks for our linear layers: set where it is
+# made, and handed on with the member to processes that unpickle it.
+linear_asked = False
 
 
 def register() -> None:
@@ -27,10 +29,9 @@ def register() -> None:
         return
     sparse_member()
     register_cope()
-    if _selected:
+    if linear_asked:
         from .linear import layers
 
-        # Its settings are seen where layers are made: here the configuration is out of reach.
         layers.install()
 
     from vllm.platforms import current_platform
@@ -78,12 +79,15 @@ def sparse_member():
     return member
 
 
-def unpickled_member():
-    """The SPARSE member, in a process that was handed a configuration with it."""
-    global _selected
-    _selected = True
+def unpickled_member(linear: bool = False):
+    """The SPARSE member, in a process that was handed a configuration with it.
+
+    Replacing layers has to wait for `register`: the configuration's other parts are not there yet.
+    """
+    global linear_asked
+    linear_asked = linear_asked or linear
     return sparse_member()
 
 
 def _reduce(protocol: int):
-    return unpickled_member, ()
+    return unpickled_member, (linear_asked,)

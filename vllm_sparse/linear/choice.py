@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VLLM = "vllm"
+NOISE = 0.03  # of a time, from run to run
 # What is timed. More rows than the last are as the last: products bound them, not memory.
 ROWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 64, 256)
 
@@ -25,11 +26,17 @@ class Choice:
 
     @classmethod
     def of_times(cls, times: Mapping[str, Sequence[float | None]]) -> Choice:
-        """The fastest at each of ROWS; times in seconds, None where one does not run."""
-        names = []
+        """The fastest at each of ROWS; times in seconds, None where one does not run.
+
+        What fewer rows run is kept where it is slower by no more than NOISE.
+        """
+        names: list[str] = []
         for i in range(len(ROWS)):
             found = {name: of[i] for name, of in times.items() if of[i] is not None}
-            names.append(min(found, key=found.get))
+            fastest = min(found, key=found.get)
+            before = found.get(names[-1]) if names else None
+            stays = before is not None and before <= found[fastest] * (1 + NOISE)
+            names.append(names[-1] if stays else fastest)
         return cls._joined(ROWS, names)
 
     @classmethod

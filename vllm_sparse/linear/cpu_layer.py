@@ -57,6 +57,7 @@ class CpuLayer:
         rows = x.reshape(-1, x.shape[-1])
         if self.choice.name(len(rows)) == VLLM:
             return self.theirs(x, bias)
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         out = linear(rows, self.packed, None if bias is None else self.bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -59,6 +59,7 @@ def choose(weight: torch.Tensor, clock: Callable[[Callable[[], None]], float]) -
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] to [..., N]."""
     rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     name = _choices[shape_of(weight)].name(len(rows))
     out = IMPLEMENTATIONS[name](rows, weight, bias)
     return out.view(*x.shape[:-1], out.shape[-1])

@@ -62,21 +62,28 @@ def adopt(layer) -> None:
     The layer's parameters were made by vLLM's own method, which stays the one that loads them:
     vLLM chooses loaders by the name of the method's class.
     """
-    setting = setting_in_force()
+    vllm_config = get_current_vllm_config_or_none()
+    setting = setting_of(vllm_config)
     if setting == VLLM:
         return
     plain = type(layer.quant_method)
     if plain is linear.UnquantizedLinearMethod:
         layer.quant_method = FlatLinearMethod(setting)
     elif plain is vocab_parallel_embedding.UnquantizedEmbeddingMethod:
-        layer.quant_method = FlatEmbeddingMethod(setting)
+        output = isinstance(layer, vocab_parallel_embedding.ParallelLMHead)
+        layer.quant_method = FlatEmbeddingMethod(setting, output or tied(vllm_config))
     else:
         count_left("linear_quantized")
 
 
-def setting_in_force() -> str:
+def tied(vllm_config) -> bool:
+    """Whether the model's embedding is its output layer as well."""
+    text_config = getattr(vllm_config.model_config, "hf_text_config", None)
+    return bool(getattr(text_config, "tie_word_embeddings", False))
+
+
+def setting_of(vllm_config) -> str:
     """`linear` of the configuration that a model is being made under; "vllm" without ours."""
-    vllm_config = get_current_vllm_config_or_none()
     if vllm_config is None:
         return VLLM
     if getattr(vllm_config.attention_config.backend, "name", None) != BACKEND:

@@ -107,16 +107,21 @@ class FlatLinearMethod(_Ours, UnquantizedLinearMethod):
 class FlatEmbeddingMethod(_Ours, UnquantizedEmbeddingMethod):
     """The same of an embedding, which may be the output layer as well.
 
-    Whether it is shows when it is first multiplied: until then nothing is packed, where vLLM's
-    own keeps a second copy of embeddings that are only looked up.
+    Of one that is only looked up, nothing is packed, where vLLM's own keeps a second copy. Should
+    it be multiplied after all, it is packed then.
     """
 
-    def __init__(self, setting: str) -> None:
+    def __init__(self, setting: str, multiplied: bool) -> None:
+        """`multiplied`: whether it is the output layer, as far as one can tell."""
         super().__init__()
-        self.setting = setting
+        self.setting, self.multiplied = setting, multiplied
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        layer.flat_pending = True
+        # In time for vLLM, which shares out the memory that is left among KV blocks.
+        if self.multiplied:
+            self.take(layer, remove=False)
+        else:
+            layer.flat_pending = True
 
     def apply(
         self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
