@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import mmap
 
 import torch
 
@@ -10,6 +12,7 @@ from . import cpu, linear_reference
 
 # As in csrc/attention.h: weights are packed in strips of so many rows, in steps of so many bytes.
 STRIP_ROWS, STEP_BYTES = 4, 64
+HUGE_PAGE = 2 << 20
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
 
@@ -27,6 +30,20 @@ class _LinearWeight(ctypes.Structure):
         ("dtype", _i64), ("num_outputs", _i64), ("num_inputs", _i64),
         ("weight", _ptr), ("row_stride", _i64), ("packed", _ptr),
     ]  # fmt: skip
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """uint8 [nbytes] that nobody has touched, in huge pages where Linux gives them.
+
+    The CPU's own fetching of a stream ends at each page (25 GB/s of 4 KiB pages, 34 of 2 MiB: AMD
+    Zen 4, one row), and what an allocator hands out again has small ones already.
+    """
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a Linux without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class PackedWeight:
@@ -62,7 +79,7 @@ class PackedWeight:
         n, k = weight.shape
         steps = -(-k * weight.itemsize // STEP_BYTES)
         rows = -(-n // STRIP_ROWS) * STRIP_ROWS
-        self.data = weight.new_empty(rows * steps * STEP_BYTES // weight.itemsize)
+        self.data = _memory(rows * steps * STEP_BYTES).view(weight.dtype)
         args = _LinearWeight(
             cpu.DTYPES[weight.dtype], n, k, weight.data_ptr(), weight.stride(0),
             self.data.data_ptr(),

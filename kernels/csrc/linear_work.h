@@ -5,27 +5,12 @@
 #include <memory>
 #include <new>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "attention.h"
 #include "thread_pool.h"
 
 namespace vllm_sparse {
 
 inline int64_t bytes_of(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Memory that is read as one stream is asked for in large pages, before it is touched: the CPU's
-// own fetching ends at each page (25 GB/s of 4 KiB pages, 34 of 2 MiB: AMD Zen 4, one row).
-inline void ask_for_large_pages(void* start, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(start) + kPage - 1) & ~(kPage - 1);
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(start) + bytes) & ~(kPage - 1);
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
 
 // Brings the rows of a panel into the order of attention.h, zeros beyond the last output and input.
 inline void pack_panel(const LinearWeight& a, int64_t panel) {
@@ -52,9 +37,6 @@ inline void pack_panel(const LinearWeight& a, int64_t panel) {
 }
 
 inline bool pack_linear(const LinearWeight& a) {
-  const int64_t steps = (a.num_inputs * bytes_of(a.dtype) + kStepBytes - 1) / kStepBytes;
-  const int64_t strips = (a.num_outputs + kStripRows - 1) / kStripRows;
-  ask_for_large_pages(a.packed, strips * kStripRows * steps * kStepBytes);
   return parallel_for((a.num_outputs + kPanel - 1) / kPanel, 0,
                       [&](int64_t panel, float*) { pack_panel(a, panel); });
 }
