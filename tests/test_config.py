@@ -20,6 +20,7 @@ def test_defaults(nothing):
         "patterns": None,
         "decode": "dense",
         "softmax": "online",
+        "linear": "vllm",
         "dense_layers": (),
         "shared_prefix": None,
         "mean_correction": False,
