@@ -166,6 +166,13 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path):
         assert timing.settled("x", NAMES, Measured(), cache) == (CHOICE, "measured")
 
 
+def test_a_shape_is_measured_once_where_nothing_can_be_written(tmp_path: Path):
+    measure, blocked = Measured(), tmp_path / "file"
+    blocked.write_text("")
+    said = [timing.settled("x", NAMES, measure, blocked / "linear.json")[1] for _ in range(3)]
+    assert (said, measure.calls) == (["measured", "kept", "kept"], 1)
+
+
 def test_the_users_cache_folder(tmp_path: Path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert timing.settled("x", NAMES, Measured())[1] == "measured"

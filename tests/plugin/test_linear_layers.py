@@ -233,6 +233,7 @@ def both(monkeypatch, choice: Choice | None = None) -> list[tuple[int, int]]:
     monkeypatch.setattr(timing, "TOGETHER_BYTES", 1 << 17)
     monkeypatch.setattr(timing, "choose", choose)
     monkeypatch.setattr(timing, "kept_file", lambda name: cpu_layer_cache)
+    monkeypatch.setattr(timing, "_here", {})
     cpu_layer_cache.unlink(missing_ok=True)
     return measured
 

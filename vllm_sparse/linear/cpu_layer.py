@@ -14,6 +14,7 @@ from vllm_sparse.kernels.linear import PackedWeight, linear
 
 from . import timing
 from .choice import VLLM, Choice
+from .rows import by_rows
 
 FLAT = "flat"
 NAMES = (FLAT, VLLM)
@@ -54,12 +55,10 @@ class CpuLayer:
 
     def run(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [..., K] to [..., N]; `bias` is the layer's, or None to leave it out."""
-        rows = x.reshape(-1, x.shape[-1])
-        if self.choice.name(len(rows)) == VLLM:
+        if self.choice.name(x.shape[:-1].numel()) == VLLM:
             return self.theirs(x, bias)
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        out = linear(rows, self.packed, None if bias is None else self.bias)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        own = None if bias is None else self.bias
+        return by_rows(x, lambda rows: linear(rows, self.packed, own))
 
 
 def choose(

@@ -11,6 +11,7 @@ from vllm_sparse.kernels.gpu import gemv as vector
 
 from . import timing
 from .choice import VLLM, Choice
+from .rows import by_rows
 
 GEMV, FLAT = "gemv", "flat"
 NAMES = (GEMV, FLAT, VLLM)
@@ -58,8 +59,5 @@ def choose(weight: torch.Tensor, clock: Callable[[Callable[[], None]], float]) -
 
 def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x [..., K] to [..., N]."""
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-    name = _choices[shape_of(weight)].name(len(rows))
-    out = IMPLEMENTATIONS[name](rows, weight, bias)
-    return out.view(*x.shape[:-1], out.shape[-1])
+    name = _choices[shape_of(weight)].name(x.shape[:-1].numel())
+    return by_rows(x, lambda rows: IMPLEMENTATIONS[name](rows, weight, bias))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,10 @@ Run = Callable[[torch.Tensor], object]
 # turns, four times a cache of 32 MiB.
 TOGETHER_BYTES = 128 << 20
 ROUNDS = 2
+
+# What this process has read or measured, as kept, by file and key: a model has many layers of one
+# shape, and the file may not be writable.
+_here: dict[tuple[Path, str], Any] = {}
 
 
 def cache_file() -> Path:
@@ -38,11 +43,14 @@ def settled(
     """
     path = cache_file() if cache is None else cache
     key = f"{key}, {__version__}"
-    choice = Choice.from_kept(kept(path).get(key), known)
+    if (path, key) not in _here:
+        _here[path, key] = kept(path).get(key)
+    choice = Choice.from_kept(_here[path, key], known)
     if choice is not None:
         return choice, "kept"
     choice = measure()
-    keep(path, key, choice.to_keep())
+    _here[path, key] = choice.to_keep()
+    keep(path, key, _here[path, key])
     return choice, "measured"
 
 
