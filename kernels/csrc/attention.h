@@ -180,13 +180,24 @@ struct SplitWork {
 };
 
 // Packed weights of a linear layer (linear_tile.h): panels of kPanel rows, in each the chunks of
-// kChunk steps along the inputs, in each the strips of kStripRows rows, in each the steps of a strip's
-// rows, kStepBytes of each row. What a thread reads is one stream.
+// kChunk steps along the inputs, in each the strips of kStripRows rows, in each the steps of a
+// strip's rows, kStepBytes of each row. What a thread reads is one stream.
 constexpr int kStripRows = 4;
 constexpr int kPanel = 32;
 constexpr int kStepBytes = 64;
 constexpr int kChunk = 64;
 constexpr int kRowGroup = 64;  // input rows whose chunk stays in the second-level cache
+
+// Steps of a row of so many inputs, the last filled up.
+inline int64_t steps_of(int64_t num_inputs, int64_t item_bytes) {
+  return (num_inputs * item_bytes + kStepBytes - 1) / kStepBytes;
+}
+
+// Strips of a panel, the last filled up.
+inline int64_t strips_of(int64_t num_outputs, int64_t panel) {
+  const int64_t left = num_outputs - panel * kPanel;
+  return ((left < kPanel ? left : kPanel) + kStripRows - 1) / kStripRows;
+}
 
 // out[m] = inputs[m] . weight^T + bias.
 struct Linear {

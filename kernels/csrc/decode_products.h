@@ -114,6 +114,10 @@ inline void decode_accumulate(const float* scores, const T* const* values, int c
   }
 }
 
+// What the products of scores are made of: rows widened to fp32, or pairs.
+template <class T>
+struct ScoreProducts : Widening<T> {};
+
 // What decode's products are made of: here rows widened to fp32, and queries scaled.
 template <class T>
 struct DecodeOperands {
@@ -148,6 +152,9 @@ struct Pairing {
   }
   static Vec add(Vec acc, Vec x, Vec y) { return add_pair_products(acc, x, y); }
 };
+
+template <>
+struct ScoreProducts<BFloat16> : Pairing {};
 
 // Rows of bfloat16 as pairs: of neighbouring dims in scores, of neighbouring keys in the sums of
 // values, whose probabilities are rounded, as in other flash kernels.

@@ -5,10 +5,7 @@
 // still are, if weights are fetched while others are multiplied.
 #pragma once
 
-#include <type_traits>
-
-#include "lane_sums.h"
-#include "pairs.h"
+#include "decode_products.h"
 
 namespace vllm_sparse {
 namespace {
@@ -17,38 +14,12 @@ constexpr int kMostRows = kLanes == 16 ? 4 : 2;  // rows whose accumulators fit 
 constexpr int kLine = 64;
 constexpr int kNear = 2048;  // bytes that one or two rows fetch ahead
 
-// Weights widened to fp32 in registers, and inputs in memory.
+// A layer's products are those of scores: weights are keys, and inputs the queries.
 template <class T>
-struct WidenedWeights {
+struct LinearProducts : ScoreProducts<T> {
   using Stored = T;
-  using Input = float;
-  static constexpr int kStep = kLanes;
-  static Vec weight(const T* p) { return load_row(p); }
-  static Vec input(const float* p) { return load(p); }
-  static Vec add(Vec acc, Vec x, Vec y) { return acc + x * y; }
+  using Input = typename DecodeOperands<T>::Query;
 };
-
-#if defined(__AVX512BF16__)
-struct PairedWeights {
-  using Stored = BFloat16;
-  using Input = BFloat16;
-  static constexpr int kStep = 2 * kLanes;
-  static Vec weight(const BFloat16* p) { return (Vec)_mm512_loadu_si512(p); }
-  static Vec input(const BFloat16* p) { return (Vec)_mm512_loadu_si512(p); }
-  static Vec add(Vec acc, Vec x, Vec y) { return add_pair_products(acc, x, y); }
-};
-#endif
-
-template <class T>
-struct LinearProducts {
-  using Type = WidenedWeights<T>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct LinearProducts<BFloat16> {
-  using Type = PairedWeights;
-};
-#endif
 
 template <class P>
 constexpr int64_t inputs_of_step() {
@@ -59,8 +30,8 @@ constexpr int64_t inputs_of_step() {
 // fall into the same eight lines of the first-level cache, which cost a quarter of the rate.
 template <class P>
 int64_t input_stride(int64_t num_inputs) {
-  constexpr int64_t step = inputs_of_step<P>();
-  return (num_inputs + step - 1) / step * step + kLine / sizeof(typename P::Input);
+  return steps_of(num_inputs, sizeof(typename P::Stored)) * inputs_of_step<P>() +
+         kLine / sizeof(typename P::Input);
 }
 
 // sums[m, n] += inputs[m] . weights[n] of one strip's chunk, for `kRows` rows. kAhead lines are
@@ -79,10 +50,10 @@ inline void strip_products(const typename P::Input* x, int64_t x_stride,
     for (int64_t i = 0; i < step; i += P::kStep) {
       Vec b[kStripRows];
 #pragma GCC unroll 4
-      for (int n = 0; n < kStripRows; ++n) b[n] = P::weight(w + n * step + i);
+      for (int n = 0; n < kStripRows; ++n) b[n] = P::key(w + n * step, i, step);
 #pragma GCC unroll 4
       for (int m = 0; m < kRows; ++m) {
-        const Vec a = P::input(x + m * x_stride + i);
+        const Vec a = P::query(x + m * x_stride, i, step);
 #pragma GCC unroll 4
         for (int n = 0; n < kStripRows; ++n) {
           acc[m * kStripRows + n] = P::add(acc[m * kStripRows + n], a, b[n]);
@@ -163,11 +134,10 @@ inline void strip_chunk(const typename P::Input* x, int64_t x_stride, int64_t ro
 template <class T>
 void linear_panel(const Linear& a, int64_t panel, int64_t first_row, const void* rows,
                   float* sums) {
-  using P = typename LinearProducts<T>::Type;
+  using P = LinearProducts<T>;
   constexpr int64_t step = inputs_of_step<P>();
-  const int64_t steps = (a.num_inputs + step - 1) / step;
+  const int64_t steps = steps_of(a.num_inputs, sizeof(T)), strips = strips_of(a.num_outputs, panel);
   const int64_t outputs = a.num_outputs - panel * kPanel;
-  const int64_t strips = ((outputs < kPanel ? outputs : kPanel) + kStripRows - 1) / kStripRows;
   const int64_t left = a.num_rows - first_row, count = left < kRowGroup ? left : kRowGroup;
   const int64_t x_stride = input_stride<P>(a.num_inputs);
   const auto* x = static_cast<const typename P::Input*>(rows);
@@ -191,7 +161,7 @@ void linear_panel(const Linear& a, int64_t panel, int64_t first_row, const void*
 
 template <class T>
 size_t linear_row_bytes(const Linear& a) {
-  using P = typename LinearProducts<T>::Type;
+  using P = LinearProducts<T>;
   return input_stride<P>(a.num_inputs) * sizeof(typename P::Input);
 }
 
@@ -203,7 +173,7 @@ inline void take_input(Float16 from, float* to) { *to = to_float(from); }
 // See Kernels::linear_row; zeros after the last input, which packed weights have as well.
 template <class T>
 void linear_row(const Linear& a, int64_t row, void* to) {
-  using P = typename LinearProducts<T>::Type;
+  using P = LinearProducts<T>;
   const T* from = static_cast<const T*>(a.x) + row * a.x_row_stride;
   auto* inputs = static_cast<typename P::Input*>(to);
   for (int64_t i = 0; i < a.num_inputs; ++i) take_input(from[i], inputs + i);

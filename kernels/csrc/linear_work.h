@@ -2,10 +2,9 @@
 #pragma once
 
 #include <cstring>
-#include <memory>
-#include <new>
 
 #include "attention.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace vllm_sparse {
@@ -15,9 +14,7 @@ inline int64_t bytes_of(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }
 // Brings the rows of a panel into the order of attention.h, zeros beyond the last output and input.
 inline void pack_panel(const LinearWeight& a, int64_t panel) {
   const int64_t item = bytes_of(a.dtype), row_bytes = a.num_inputs * item;
-  const int64_t steps = (row_bytes + kStepBytes - 1) / kStepBytes;
-  const int64_t left = a.num_outputs - panel * kPanel;
-  const int64_t strips = ((left < kPanel ? left : kPanel) + kStripRows - 1) / kStripRows;
+  const int64_t steps = steps_of(a.num_inputs, item), strips = strips_of(a.num_outputs, panel);
   char* to = static_cast<char*>(a.packed) + panel * kPanel * steps * kStepBytes;
   for (int64_t c = 0; c < steps; c += kChunk) {
     for (int64_t j = 0; j < strips; ++j) {
@@ -41,37 +38,16 @@ inline bool pack_linear(const LinearWeight& a) {
                       [&](int64_t panel, float*) { pack_panel(a, panel); });
 }
 
-// The copies of a layer's inputs, kept for the next layer.
-class InputRows {
- public:
-  // `bytes` of memory, aligned to a cache line. Throws std::bad_alloc.
-  char* at_least(size_t bytes) {
-    if (bytes > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<char*>(::operator new(bytes, std::align_val_t(64))));
-      size_ = bytes;
-    }
-    return memory_.get();
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  size_t size_ = 0;
-};
-
 // Rows that are copied at once: 15 MB of 14336 inputs, in fp32.
 constexpr int64_t kRowsTogether = 4 * kRowGroup;
 
 // False when memory ran out.
 inline bool run_linear(const Linear& a, const Kernels* k) {
-  thread_local InputRows kept;
+  thread_local Scratch kept;  // the copies of inputs, for the next layer as well
   const size_t row_bytes = k->linear_row_bytes(a);
   const int64_t most = a.num_rows < kRowsTogether ? a.num_rows : kRowsTogether;
-  char* rows = kept.at_least(most * row_bytes);
+  char* rows = reinterpret_cast<char*>(kept.at_least(most * row_bytes / sizeof(float)));
+  if (rows == nullptr && most > 0) return false;
   const int64_t panels = (a.num_outputs + kPanel - 1) / kPanel;
   for (int64_t first = 0; first < a.num_rows; first += kRowsTogether) {
     const int64_t left = a.num_rows - first, count = left < kRowsTogether ? left : kRowsTogether;

@@ -4,7 +4,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -15,27 +14,10 @@
 #include <sched.h>
 #endif
 
+#include "scratch.h"
+
 namespace vllm_sparse {
 namespace {
-
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  float* at_least(size_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = 0;
-      const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-      data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-      if (data_ != nullptr) size_ = floats;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 struct Job {
   const std::function<void(int64_t, float*)>* task = nullptr;
