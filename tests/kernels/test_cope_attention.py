@@ -6,21 +6,14 @@ import pytest
 import torch
 from cases import Case, assert_close, make_case
 from cope_cases import cope_meaning, table
-from test_prefill import DTYPES, available
+from isas import implementations
+from test_prefill import DTYPES
 
 from vllm_sparse import kernels
 from vllm_sparse.kernels import cope, cope_reference, cpu
 
-
-@pytest.fixture(params=["reference", *available()])
-def attention(request):
-    """One implementation of cope_attention."""
-    if request.param == "reference":
-        yield cope_reference.cope_attention
-        return
-    cpu.set_isa(request.param)
-    yield cope.cope_attention
-    cpu.set_isa("")
+# One implementation of cope_attention.
+attention = implementations(cope_reference.cope_attention, cope.cope_attention)
 
 
 def check(attention, case: Case, positions: int = 17, logits: float = 0.0, **options) -> None:

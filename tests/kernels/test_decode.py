@@ -5,19 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import assert_close, make_case
-from test_prefill import DTYPES, available
+from isas import implementations
+from test_prefill import DTYPES
 
 from vllm_sparse.kernels import cpu, merge, reference, write_kv
 
-
-@pytest.fixture(params=["reference", *available()])
-def decode(request):
-    if request.param == "reference":
-        yield reference.paged_decode
-        return
-    cpu.set_isa(request.param)
-    yield cpu.paged_decode
-    cpu.set_isa("")
+decode = implementations(reference.paged_decode, cpu.paged_decode)
 
 
 def run(decode, case):

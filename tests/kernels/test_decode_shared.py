@@ -7,20 +7,13 @@ import torch
 from cases import assert_close, make_case
 from regimes import HUGE, REGIMES, count_outside, regime_case
 from sharing import share_pages
-from test_prefill import DTYPES, available
+from test_prefill import DTYPES
 
 from vllm_sparse.kernels import cpu, paged_decode, shared_prefixes
 
 MODES = ["online", "lazy", "unified"]
 
 pytestmark = pytest.mark.skipif(cpu.isa() == "torch", reason="the native extension is not built")
-
-
-@pytest.fixture(params=available())
-def isa(request):
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa("")
 
 
 def run(case, softmax="online", phi=0.0, fewest=64, members=16):

@@ -7,7 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from test_prefill import DTYPES, available
+from isas import available, implementations
+from test_prefill import DTYPES
 
 from vllm_sparse.kernels import cpu, linear_reference
 from vllm_sparse.kernels.linear import PackedWeight, linear
@@ -29,23 +30,8 @@ def packed(x, weight, bias=None, *, out=None):
     return linear(x, PackedWeight(weight), bias, out=out)
 
 
-@pytest.fixture(params=available())
-def isa(request):
-    """Each instruction set in turn."""
-    cpu.set_isa(request.param)
-    yield request.param
-    cpu.set_isa("")
-
-
-@pytest.fixture(params=["reference", *available()])
-def run(request):
-    """One implementation: (x, weight, bias, out=...), of weights as they are."""
-    if request.param == "reference":
-        yield linear_reference.linear
-        return
-    cpu.set_isa(request.param)
-    yield packed
-    cpu.set_isa("")
+# One implementation: (x, weight, bias, out=...), of weights as they are.
+run = implementations(linear_reference.linear, packed)
 
 
 @pytest.fixture

@@ -6,21 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, assert_close, left_out_oracle, make_case, one_list, random_indices
-from test_prefill import DTYPES, available, everything, shapes
+from isas import implementations
+from test_prefill import DTYPES, everything, shapes
 
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BLOCK, TILE, BlockIndices, num_tiles
 
-
-@pytest.fixture(params=["reference", *available()])
-def prefill(request):
-    """One implementation of sparse_prefill."""
-    if request.param == "reference":
-        yield reference.sparse_prefill
-        return
-    cpu.set_isa(request.param)
-    yield cpu.sparse_prefill
-    cpu.set_isa("")
+# One implementation of sparse_prefill.
+prefill = implementations(reference.sparse_prefill, cpu.sparse_prefill)
 
 
 def run(prefill, case: Case, indices: BlockIndices | None, **more) -> tuple:

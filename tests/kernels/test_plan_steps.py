@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import make_case
-from test_prefill import available
+from isas import implementations
 
 from vllm_sparse.kernels import cpu, plan_steps, reference
 from vllm_sparse.kernels.block_indices import BLOCK
 
-
-@pytest.fixture(params=["reference", *available()])
-def steps(request):
-    """One implementation of all of them."""
-    if request.param == "reference":
-        yield reference
-        return
-    cpu.set_isa(request.param)
-    yield plan_steps
-    cpu.set_isa("")
+# One implementation of all of them.
+steps = implementations(reference, plan_steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

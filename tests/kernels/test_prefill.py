@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, assert_close, make_case, one_list, random_indices
+from isas import available, implementations
 
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BlockIndices
@@ -12,29 +13,8 @@ from vllm_sparse.kernels.block_indices import BlockIndices
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def available() -> list[str]:
-    if cpu.native_error():
-        return []
-    names = []
-    for name in cpu.ISAS:
-        try:
-            cpu.set_isa(name)
-        except ValueError:
-            continue
-        names.append(name)
-    cpu.set_isa("")
-    return names
-
-
-@pytest.fixture(params=["reference", *available()])
-def prefill(request):
-    """One implementation of sparse_prefill."""
-    if request.param == "reference":
-        yield reference.sparse_prefill
-        return
-    cpu.set_isa(request.param)
-    yield cpu.sparse_prefill
-    cpu.set_isa("")
+# One implementation of sparse_prefill.
+prefill = implementations(reference.sparse_prefill, cpu.sparse_prefill)
 
 
 def check(prefill, case: Case, indices: BlockIndices | None, logits: float = 0.0) -> None:

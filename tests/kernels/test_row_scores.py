@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, make_case
-from test_prefill import available
+from isas import implementations
 
 from vllm_sparse.kernels import cpu, reference
 from vllm_sparse.kernels.block_indices import BLOCK
@@ -15,15 +15,8 @@ from vllm_sparse.kernels.row_scoring import row_scores
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["reference", *available()])
-def score(request):
-    """One implementation of row_scores."""
-    if request.param == "reference":
-        yield reference.row_scores
-        return
-    cpu.set_isa(request.param)
-    yield row_scores
-    cpu.set_isa("")
+# One implementation of row_scores.
+score = implementations(reference.row_scores, row_scores)
 
 
 def truth(case: Case, positions: torch.Tensor, heads: torch.Tensor, dtype=torch.float64):

@@ -1,0 +1,16 @@
+"""What tests of the kernels go through."""
+
+from __future__ import annotations
+
+import pytest
+from isas import available
+
+from vllm_sparse.kernels import cpu
+
+
+@pytest.fixture(params=available())
+def isa(request):
+    """Each instruction set in turn."""
+    cpu.set_isa(request.param)
+    yield request.param
+    cpu.set_isa("")
