@@ -8,16 +8,45 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks._form import ROOT
 
 SHUTDOWN_S = 30
+PEER = "vLLM's CPU backend"
+# Largest difference of a first token's log-probability that passes.
+TOLERANCE = 0.1
+# A worker polls for a second after its last step: the next one has its core to itself after that.
+QUIET_S = 1.2
+
+Logprobs = dict[int, float]  # of a first token, by token
 
 
 def checkpoint(kind: str) -> Path:
     """The folder of a retrieval model, built where it is missing."""
     subprocess.run([sys.executable, str(ROOT / "tools" / "checkpoint.py"), kind], check=True)
     return ROOT / "checkpoints" / kind
+
+
+def logprobs_of(output: Any) -> Logprobs:
+    """The first token's, of what vLLM gave for a prompt."""
+    return {token: lp.logprob for token, lp in output.logprobs[0].items()}
+
+
+def difference(ours: list[Logprobs], theirs: list[Logprobs]) -> float:
+    """The largest, of the tokens that both name, prompt by prompt."""
+    return max(
+        abs(a[token] - b[token])
+        for a, b in zip(ours, theirs, strict=True)
+        for token in a.keys() & b.keys()
+    )
+
+
+def unlike(error: float) -> str | None:
+    """Why engines that differ by so much are not timed, or None."""
+    if error <= TOLERANCE:  # NaN is not
+        return None
+    return f"the first token's log-probability differs by more than {TOLERANCE}"
 
 
 @contextmanager

@@ -158,6 +158,16 @@ def require_editable(root: Path = ROOT) -> None:
         )
 
 
+def use_threads(count: int) -> None:
+    """So many threads for torch and for our CPU kernels, on the cores that this process has."""
+    import torch
+
+    from vllm_sparse.kernels import cpu
+
+    torch.set_num_threads(count)
+    cpu.set_threads(count, sorted(os.sched_getaffinity(0)))
+
+
 def needs_a_gpu(command: str) -> str:
     """What a benchmark says where there is none."""
     return f"{command} needs an NVIDIA GPU, and torch finds none here"

@@ -13,7 +13,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from benchmarks._form import Results, Row, addable, arguments, require_editable
+from benchmarks._form import Results, Row, addable, arguments, require_editable, use_threads
 
 HEADS, KV_HEADS, SIZE, POSITIONS = 8, 2, 128, 64
 WRITTEN_OUT, PLAIN = "written out in torch", "plain attention, our kernel"
@@ -195,18 +195,13 @@ def main() -> int:
     if bad := [n for n in (*options.lengths, options.chunk) if n < 128 or n % 128]:
         parser.error(f"--lengths, --chunk: got {bad}; give multiples of 128")
     require_editable()
-    import os
-
     import torch
-
-    from vllm_sparse.kernels import cpu
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU here; leave it out")
     if options.dtypes is None:
         options.dtypes = ["float32", "bfloat16"] if options.device == "cpu" else ["bfloat16"]
-    torch.set_num_threads(options.threads)
-    cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+    use_threads(options.threads)
     results = Results(options.json, add=options.add)
     results.add(all_rows(options))
     results.show()

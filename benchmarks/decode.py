@@ -13,7 +13,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from benchmarks._form import Results, Row, addable, arguments, needs_a_gpu, require_editable
+from benchmarks._form import (
+    Results,
+    Row,
+    addable,
+    arguments,
+    needs_a_gpu,
+    require_editable,
+    use_threads,
+)
 
 NEEDS_A_GPU = needs_a_gpu("benchmarks.decode --parts gpu")
 PAGE, HEAD_SIZE = 128, 128
@@ -158,14 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def cpu_rows(options: argparse.Namespace) -> Iterator[Row]:
-    import os
-
-    import torch
-
-    from vllm_sparse.kernels import cpu
-
-    torch.set_num_threads(options.threads)
-    cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+    use_threads(options.threads)
     most = options.tokens or 1 << 18
     for dtype in options.dtypes:
         for heads in options.heads:

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._engines import ended_together
+from benchmarks._engines import PEER, QUIET_S, difference, ended_together, logprobs_of, unlike
 from benchmarks._form import Results, Row, addable, arguments, require_editable
 
-PEER = "vLLM's CPU backend"
 SHAPES = {
     "llama-3.2-1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -38,10 +37,6 @@ SHAPES = {
 }  # fmt: skip
 BATCHES = (1, 2, 4, 8, 16)
 PROMPT, TOKENS = 64, 32  # a sequence's; attention over so few is little beside the weights
-# Largest difference of a first token's log-probability: of bfloat16's rounding in other orders.
-TOLERANCE = 0.1
-# A worker polls for a second after its last step: the next one has its core to itself after that.
-QUIET_S = 1.2
 
 
 def make_checkpoint(shape: str, folder: Path) -> None:
@@ -123,9 +118,7 @@ class Engine:
         """What is checked, before anything is timed."""
         _, outputs = self.seconds(batch, 1 + TOKENS, logprobs=5)
         series.tokens = [tuple(output.token_ids) for output in outputs]
-        series.logprobs = [
-            {token: lp.logprob for token, lp in output.logprobs[0].items()} for output in outputs
-        ]
+        series.logprobs = [logprobs_of(output) for output in outputs]
 
     def measure(self, batch: int, series: Series) -> None:
         """One turn."""
@@ -148,11 +141,7 @@ def engines(folder: Path, options: Any) -> Iterator[tuple[Engine, Engine]]:
 
 
 def row(batch: int, options: Any, threads: int, ours: Series, theirs: Series) -> Row:
-    error = max(
-        abs(a[token] - b[token])
-        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True)
-        for token in a.keys() & b.keys()
-    )
+    error = difference(ours.logprobs, theirs.logprobs)
     alike = [a == b for a, b in zip(ours.tokens, theirs.tokens, strict=True)]
     rates = [TOKENS * batch / statistics.median(of.seconds) for of in (ours, theirs)]
     case = {
@@ -160,10 +149,8 @@ def row(batch: int, options: Any, threads: int, ours: Series, theirs: Series) ->
         "threads": threads, "compiled": options.compiled, "rounds": len(ours.seconds),
         "same_tokens": f"{sum(alike)} of {batch} sequences",
     }  # fmt: skip
-    failed = None
-    if not error <= TOLERANCE:
-        failed = f"the first token's log-probability differs by more than {TOLERANCE}"
-    elif min(rates) <= 0:
+    failed = unlike(error)
+    if failed is None and min(rates) <= 0:
         failed = "the steps are too short to be told from the prompt"
     shape = re.sub(r"\W", "_", options.shape)
     return Row.rate(

@@ -16,7 +16,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 
-from benchmarks._form import Results, Row, addable, arguments, needs_a_gpu, require_editable
+from benchmarks._form import (
+    Results,
+    Row,
+    addable,
+    arguments,
+    needs_a_gpu,
+    require_editable,
+    use_threads,
+)
 
 NEEDS_A_GPU = needs_a_gpu("benchmarks.linear --device cuda")
 # [N, K]: qkv, o, gate_up and down.
@@ -268,18 +276,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     require_editable()
-    import os
-
     import torch
-
-    from vllm_sparse.kernels import cpu
 
     if options.device == "cuda" and not torch.cuda.is_available():
         print(NEEDS_A_GPU, file=sys.stderr)
         return 2
-    torch.set_num_threads(options.threads)
-    if options.device == "cpu":
-        cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+    use_threads(options.threads)
     results = Results(options.json, add=options.add)
     results.add(all_rows(options))
     results.show()

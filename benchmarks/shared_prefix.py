@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from benchmarks._form import Results, Row, addable, arguments, require_editable
+from benchmarks._form import Results, Row, addable, arguments, require_editable, use_threads
 
 HEADS, KV_HEADS, SIZE = 32, 8, 128
 APART = "each sequence apart"
@@ -155,8 +155,6 @@ def main() -> int:
     if bad := [n for n in (*options.prefixes, options.own) if n < 128 or n % 128]:
         parser.error(f"--prefixes, --own: got {bad}; give multiples of 128")
     require_editable()
-    import os
-
     import torch
 
     has_gpu = torch.cuda.is_available()
@@ -165,10 +163,7 @@ def main() -> int:
         parser.error("--parts gpu: torch finds no GPU here; leave it out")
     results = Results(options.json, add=options.add)
     if "cpu" in parts:
-        from vllm_sparse.kernels import cpu
-
-        torch.set_num_threads(options.threads)
-        cpu.set_threads(options.threads, sorted(os.sched_getaffinity(0)))
+        use_threads(options.threads)
         results.add(device_rows("cpu", options))
     if "gpu" in parts:
         results.add(device_rows("cuda", options))

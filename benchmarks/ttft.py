@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks._engines import checkpoint, ended_together, import_examples
+from benchmarks._engines import (
+    PEER,
+    QUIET_S,
+    checkpoint,
+    difference,
+    ended_together,
+    import_examples,
+    logprobs_of,
+    unlike,
+)
 from benchmarks._form import Row, arguments, publish, require_editable
 
 CHUNK = 4096
@@ -27,11 +36,6 @@ KINDS = ("lean", "random")
 LENGTHS = {"1k": 1024, "2k": 2048, "4k": 4096, "16k": 16384, "32k": 32768}
 # Short prompts are nearer to the noise, and long ones cost minutes.
 REPEATS = {"1k": 10, "2k": 10, "4k": 5, "16k": 3, "32k": 3}
-PEER = "vLLM's CPU backend"
-# Largest difference of a first token's log-probability that passes where no answer tells.
-TOLERANCE = 0.1
-# A worker polls for a second after its last step: the next one has its core to itself after that.
-QUIET_S = 1.2
 
 
 @dataclass
@@ -84,7 +88,7 @@ class Engine:
         series.wall_s.append(wall)
         series.cpu_s.append(after["cpu_s"] - before["cpu_s"])
         series.right.append(answer is None or output.token_ids[0] == answer)
-        series.logprobs.append({token: lp.logprob for token, lp in output.logprobs[0].items()})
+        series.logprobs.append(logprobs_of(output))
         for name, value in after["stats"].items():
             if isinstance(value, (int, float)):
                 added = value - before["stats"][name]
@@ -150,11 +154,7 @@ def row(kind: str, name: str, dtype: str, ours: Series, theirs: Series, threads:
         "sparse_chunks": counts["sparse_chunks"],
         "dense_chunks": counts["dense_chunks"],
     }
-    error = max(
-        abs(a[token] - b[token])
-        for a, b in zip(ours.logprobs, theirs.logprobs, strict=True)
-        for token in a.keys() & b.keys()
-    )
+    error = difference(ours.logprobs, theirs.logprobs)
     failed = None
     if kind == "lean":
         case["right"] = f"{sum(ours.right)} of {repeats}"
@@ -162,8 +162,8 @@ def row(kind: str, name: str, dtype: str, ours: Series, theirs: Series, threads:
             failed = f"{ours.right.count(False)} of {repeats} answers are wrong"
         elif not all(theirs.right):
             failed = f"{theirs.right.count(False)} of {repeats} answers of the peer are wrong"
-    elif error > TOLERANCE:
-        failed = f"the first token's log-probability differs by more than {TOLERANCE}"
+    else:
+        failed = unlike(error)
     return Row.time(
         f"ttft_{kind}_{name}" + ("" if dtype == "float32" else f"_{dtype}"),
         case,

@@ -26,6 +26,7 @@ from .launch import (
     Target,
     kernel,
     options,
+    sms_of,
     target_of,
     unspecialized,
 )
@@ -173,14 +174,6 @@ def splits_of(tiles: int, k_tiles: int, bm: int, bk: int, sms: int) -> int:
     # Parts are 8 bytes of fp32, written and read, for each 2 K bytes of weights: a quarter at most.
     most = min(k_tiles, PROGRAMS_EACH_SM * sms // tiles, max(k_tiles * bk // (16 * bm), 1))
     return min(range(1, most + 1), key=lambda s: triton.cdiv(k_tiles, s) + JOIN * (s - 1))
-
-
-@cache
-def sms_of(device: torch.device) -> int:
-    """Streaming multiprocessors of a device; on the interpreter's CPU those of an H100."""
-    if device.type == "cpu":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 
 from ..linear_reference import check
-from .flat_gemm import SMS, WARPS, shown, sms_of
-from .launch import Config, Target, kernel, options, target_of, unspecialized
+from .flat_gemm import SMS, WARPS, shown
+from .launch import Config, Target, kernel, options, sms_of, target_of, unspecialized
 
 MOST_ROWS = 4
 TILE = 4096  # weights that a program reads at once: 8 KiB, four times 16 bytes a lane

@@ -214,6 +214,14 @@ def check_fp8(device: torch.device) -> None:
 
 
 @cache
+def sms_of(device: torch.device) -> int:
+    """Streaming multiprocessors of a device; on the interpreter's CPU those of an H100."""
+    if device.type == "cpu":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
 def target_of(device: torch.device) -> Target:
     """The Target whose configurations fit a device; a CPU's (the interpreter's) is sm_90.
 

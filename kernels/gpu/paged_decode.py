@@ -62,11 +62,8 @@ def shared_workspace(device: torch.device) -> Workspace:
 
 @cache
 def _slots(device: torch.device, warps: int) -> int:
-    """Programs of split_decode that run at once; on the interpreter's CPU those of an H100."""
-    if device.type == "cpu":
-        return 132 * PROGRAMS_EACH_SM[warps]
-    sms = torch.cuda.get_device_properties(device).multi_processor_count
-    return sms * PROGRAMS_EACH_SM[warps]
+    """Programs of split_decode that run at once."""
+    return launch.sms_of(device) * PROGRAMS_EACH_SM[warps]
 
 
 @cache
