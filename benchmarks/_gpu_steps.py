@@ -83,6 +83,12 @@ STEPS = (
         share=0.9, most_s=300, least_s=45,
     ),
     Step(
+        "engine-host", "decode over host memory: answers, tokens, times",
+        ("-m", "benchmarks.gpu_engine", "--json", "{out}/engine.json", "--add", "--parts", "host",
+         "--lengths", "32k", "8k"),
+        share=0.6, most_s=150, least_s=60,
+    ),
+    Step(
         "prefill-chunk", "the last 8K of 32K and 128K, which is a step of serving",
         _prefill("--chunk", "8192", "--lengths", "128k", "32k", "--peers", "fa3", "triton"),
         share=0.5, most_s=90,

@@ -4,6 +4,10 @@ The lean retrieval model is asked for needles. Three engines, each a process of 
 it is by default, vLLM's own backend, and sparse with everything selected. Those that are compared
 are alive at once and take turns. Where an engine does not start with CUDA graphs, all are started
 without, which every row says.
+
+`--parts host` does the same for decode over host memory: `exact`, whose tokens are compared with
+the own backend's, and `vattention` with its default settings, whose tokens after the first are
+timed against it.
 """
 
 from __future__ import annotations
@@ -31,8 +35,13 @@ ROOM = 64  # tokens beside the longest prompt
 ANSWERED = 8  # tokens that are compared
 PEER = "vLLM's own backend"
 SPARSE, OWN, EVERYTHING = "sparse", "own", "everything"
+EXACT, SAMPLED = "exact", "vattention"
+PARTS = ("device", "host")
+DECODED = 64  # tokens after the first, whose time is that of decode
 CONFIGS: dict[str, dict[str, Any] | None] = {
     SPARSE: {}, OWN: None, EVERYTHING: {"coverage": 1.0, "break_even": 0},
+    EXACT: {"coverage": 1.0, "break_even": 0, "decode": EXACT, "resident_layers": []},
+    SAMPLED: {"decode": SAMPLED, "resident_layers": []},
 }  # fmt: skip
 
 
@@ -75,9 +84,8 @@ class Engine:
         got = self.child.ask(asked, until)
         key, wanted = (name, seed), got["answer"][:tokens]
         self.right[key] = got["tokens"][: len(wanted)] == wanted
-        if tokens == 1:
-            self.seconds[key] = got["seconds"]
-        else:
+        self.seconds[key] = got["seconds"]
+        if tokens > 1:
             self.tokens[key] = got["tokens"]
         self.stats = got["stats"]
 
@@ -90,11 +98,10 @@ class Engine:
 
 
 class Session:
-    """The engines of one run, and its deadline."""
+    """The engines of one part, and the deadline of all."""
 
-    def __init__(self, options: argparse.Namespace, stack: ExitStack) -> None:
-        self.options, self.stack = options, stack
-        self.until = time.monotonic() + options.seconds
+    def __init__(self, options: argparse.Namespace, stack: ExitStack, until: float) -> None:
+        self.options, self.stack, self.until = options, stack, until
         self.folder = checkpoint("lean")
         self.eager, self.why_eager = options.eager, "asked for" if options.eager else None
 
@@ -129,8 +136,8 @@ class Session:
         return found | ({"eager": self.why_eager} if self.why_eager else {})
 
 
-def answers(session: Session, engine: Engine) -> Iterator[Row]:
-    """The sparse engine alone: whether it answers, and what it reads."""
+def answers(session: Session, engine: Engine, prefix: str = "engine") -> Iterator[Row]:
+    """A sparse engine alone: whether it answers, and what it reads."""
     seeds = range(session.options.repeats)
     for name in session.options.lengths:
         before = engine.stats or engine.stands["stats"]
@@ -148,9 +155,9 @@ def answers(session: Session, engine: Engine) -> Iterator[Row]:
         elif not all(right):
             why = f"{right.count(False)} of {len(right)} answers are wrong"
         else:
-            yield Row.share(f"engine_answers_{name}", case, 1.0, unit="share right")
+            yield Row.share(f"{prefix}_answers_{name}", case, 1.0, unit="share right")
             continue
-        yield Row.failed(f"engine_answers_{name}", case, why, peer=None, unit="share right")
+        yield Row.failed(f"{prefix}_answers_{name}", case, why, peer=None, unit="share right")
 
 
 def density(counts: dict[str, float]) -> float | None:
@@ -193,7 +200,7 @@ def first_tokens(session: Session, ours: Engine, theirs: Engine) -> Iterator[Row
         )  # fmt: skip
 
 
-def tokens(session: Session, ours: Engine, theirs: Engine) -> Iterator[Row]:
+def tokens(session: Session, ours: Engine, theirs: Engine, prefix: str = "engine") -> Iterator[Row]:
     """Tokens with everything selected against the peer's: those of the answer must be the same."""
     for name in session.options.lengths:
         same, total = 0, 0
@@ -208,12 +215,36 @@ def tokens(session: Session, ours: Engine, theirs: Engine) -> Iterator[Row]:
             total += len(equal)
         case = session.case(name, ours) | {"compared": total}
         right = all(ours.right[name, seed] for seed in range(session.options.repeats))
-        figure = f"engine_tokens_{name}"
+        figure = f"{prefix}_tokens_{name}"
         if right:
             yield Row.share(figure, case, same / total, unit="share equal")
         else:
             why = f"answers are wrong; {same} of {total} tokens are the peer's"
             yield Row.failed(figure, case, why, peer=PEER, unit="share equal")
+
+
+def decode(session: Session, ours: Engine, theirs: Engine) -> Iterator[Row]:
+    """Seconds a token of one request that decodes, prompt by prompt in turns."""
+    for name in session.options.lengths:
+        each: list[list[float]] = [[], []]
+        wrong = 0
+        for seed in range(session.options.repeats):
+            for engine, times in zip((ours, theirs), each, strict=True):
+                found = []
+                for count in (1, 1 + DECODED):
+                    engine.ask(name, seed, count, session.until)
+                    found.append(engine.seconds[name, seed])
+                    wrong += not engine.right[name, seed]
+                times.append((found[1] - found[0]) / DECODED)
+        case = session.case(name, ours) | {
+            "decoded": DECODED, "repeats": session.options.repeats,
+            "their_graphs": theirs.stands["graphs"],
+        }  # fmt: skip
+        failed = f"{wrong} answers are wrong" if wrong else None
+        medians = [statistics.median(times) for times in each]
+        if failed is None and min(medians) <= 0:
+            failed = "prompts took longer by more than decode does; ask for more --repeats"
+        yield Row.time(f"host_decode_{name}", case, medians[0], PEER, medians[1], failed=failed)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -222,6 +253,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--lengths", nargs="+", choices=list(LENGTHS), default=["8k", "32k", "120k"]
     )
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["device"])
     parser.add_argument("--repeats", type=int, default=3, help="prompts of each length")
     parser.add_argument("--eager", action="store_true", help="without CUDA graphs")
     parser.add_argument("--memory", type=float, default=0.2,
@@ -235,17 +267,32 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def measure(options: argparse.Namespace, results: Results) -> None:
     """Adds rows to results as they come; raises what ends an engine."""
-    with ExitStack() as stack:
-        session = Session(options, stack)
-        # Alone: it measures its break-even when it starts.
+    until = time.monotonic() + options.seconds
+    for part, run in (("device", measure_device), ("host", measure_host)):
+        if part in options.parts:
+            with ExitStack() as stack:
+                run(Session(options, stack, until), results)
+
+
+def measure_device(session: Session, results: Results) -> None:
+    # Alone: it measures its break-even when it starts.
+    (ours,) = session.start(SPARSE)
+    results.add(answers(session, ours))
+    graphs = not session.eager
+    theirs, everything = session.start(OWN, EVERYTHING)
+    if graphs and session.eager:  # the peer's lack of graphs is ours as well
         (ours,) = session.start(SPARSE)
-        results.add(answers(session, ours))
-        graphs = not session.eager
-        theirs, everything = session.start(OWN, EVERYTHING)
-        if graphs and session.eager:  # the peer's lack of graphs is ours as well
-            (ours,) = session.start(SPARSE)
-        results.add(first_tokens(session, ours, theirs))
-        results.add(tokens(session, everything, theirs))
+    results.add(first_tokens(session, ours, theirs))
+    results.add(tokens(session, everything, theirs))
+
+
+def measure_host(session: Session, results: Results) -> None:
+    exact, theirs = session.start(EXACT, OWN)
+    results.add(tokens(session, exact, theirs, "host"))
+    stop_tree(exact.child.process)
+    (sampled,) = session.start(SAMPLED)
+    results.add(answers(session, sampled, "host"))
+    results.add(decode(session, sampled, theirs))
 
 
 def main(argv: list[str] | None = None) -> int:

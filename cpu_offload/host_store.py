@@ -13,6 +13,7 @@ from . import hashing
 from .host import DTYPES, SAMPLERS, HostAppend, HostShape, StoreLost, library_file, load
 from .layout import Layout, aligned
 from .pages import Pages
+from .pinned import pin
 from .region import Region, check_room
 from .ring import Ring
 from .sampling import Sampling
@@ -35,11 +36,12 @@ class HostStore:
 
     Args:
         shared: whether other processes are to see the memory.
+        pinned: whether a GPU copies from it.
     """
 
     def __init__(
         self, layout: Layout, sampling: Sampling, *, heads: int, host_bytes: int, scale: float,
-        max_requests: int, max_tokens: int, actors: int, shared: bool,
+        max_requests: int, max_tokens: int, actors: int, shared: bool, pinned: bool = False,
     ):  # fmt: skip
         check_room(host_bytes)
         self.layout = layout
@@ -79,6 +81,7 @@ class HostStore:
         object.__setattr__(self.shape, "parts_at", at)
         nbytes = at + layout.layers * layer_bytes
         self.region = Region(nbytes) if shared else _Private(nbytes)
+        self._unpin = pin(self.region.address, nbytes) if pinned else None
         self._memory = _view(self.region.address, nbytes)
         self._memory[: len(HEAD)] = torch.frombuffer(bytearray(HEAD), dtype=torch.uint8)
         self._memory[places[1] : places[1] + directions.nbytes] = _bytes(directions)
@@ -162,7 +165,7 @@ class HostStore:
         """Leave nothing of who had the page before, not even for a reader that errs."""
         if self.pages.generations[page] > 1:
             for layer in range(self.layout.layers):
-                self._part(layer)[page].zero_()
+                self.part(layer)[page].zero_()
 
     def append(
         self, layer: int, slots: Sequence[int], counts: Sequence[int], k: torch.Tensor,
@@ -252,7 +255,7 @@ class HostStore:
             # Others read this page, and rows will be written over it: go on with a copy.
             (copy,) = self.pages.allocate()
             for layer in range(self.layout.layers):
-                part = self._part(layer)
+                part = self.part(layer)
                 part[copy] = part[request.pages[kept - 1]]
             self.pages.release([request.pages[kept - 1]])
             request.pages[kept - 1] = copy
@@ -280,21 +283,20 @@ class HostStore:
 
     # Memory
 
-    def _part(self, layer: int) -> torch.Tensor:
+    def part(self, layer: int) -> torch.Tensor:
+        """uint8 [pages, part_bytes], all there is of a layer: a view."""
         first = self.shape.parts_at + layer * self.shape.layer_bytes
         part = self._memory[first : first + self.shape.layer_bytes]
         return part.view(-1, self.layout.part_bytes)
 
     def rows(self, layer: int) -> torch.Tensor:
         """[pages, kv_heads, page_rows, 2, head_size], a view."""
-        at = self.layout
-        part = self._part(layer)[:, : at.rows_bytes].view(at.dtype)
-        return part.unflatten(1, (at.kv_heads, at.page_rows, 2, at.head_size))
+        return self.layout.rows(self.part(layer))
 
     def scales(self, layer: int) -> torch.Tensor:
         """fp32 [pages, kv_heads, page_rows, 2], a view."""
         at = self.layout
-        part = self._part(layer)[:, at.rows_bytes :][:, : at.kv_heads * at.page_rows * 8]
+        part = self.part(layer)[:, at.rows_bytes :][:, : at.kv_heads * at.page_rows * 8]
         return part.view(torch.float32).unflatten(1, (at.kv_heads, at.page_rows, 2))
 
     def read(self, slot: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, ...]:
@@ -326,6 +328,9 @@ class HostStore:
     def close(self) -> None:
         self.requests.clear()
         self._memory = self._table = None
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
         self.region.close()
 
 

@@ -91,6 +91,12 @@ class Layout:
         """Of a page, all layers together."""
         return self.layers * self.part_bytes
 
+    def rows(self, part: torch.Tensor) -> torch.Tensor:
+        """The rows in pages of one layer, uint8 [pages, part_bytes]: a view
+        [pages, kv_heads, page_rows, 2, head_size]."""
+        rows = part[:, : self.rows_bytes].view(self.dtype)
+        return rows.unflatten(1, (self.kv_heads, self.page_rows, 2, self.head_size))
+
     def pages(self, host_bytes: int) -> int:
         """How many fit.
 

@@ -59,9 +59,12 @@ class HostKV:
         self._owners: dict[int, dict[int, str]] = {}
         self._written: set[int] = set()
         self._looked = 0.0
+        # Waits until no device reads the stores: before pages change hands.
+        self.settle: Callable[[], None] = lambda: None
 
     def begin(self, step: Step) -> None:
         """Follow the scheduler: end, begin and cut requests, before the model runs."""
+        self.settle()
         self.step = step
         self._owners, self._written = {}, set()
         self.verify()
@@ -118,6 +121,7 @@ class HostKV:
         if self.lost is not None:
             stats = self.pool.stats()
             self.counters.update({name: stats[name] for name in OF_POOLS})
+            self.settle()
             self.shutdown()  # first: there may be no room for both
             try:
                 with torch.inference_mode(False):  # they outlive the step that makes them
@@ -200,16 +204,22 @@ class HostKV:
         """Fill a request's device blocks of a layer [blocks, Hkv, block, 2 D]."""
         place = self.places[layer]
         pool, slot = self.pools[place.store], self.slots[start.request][place.store]
-        size = kv_cache.shape[-1] // 2
-        for number, block in enumerate(start.blocks[group]):
+        on_device = [
+            (number, block)
+            for number, block in enumerate(start.blocks[group])
+            if block != 0 and number * block_size < start.rows  # vLLM's null block
+        ]
+        if not on_device:
+            return
+        blocks = kv_cache.new_zeros(len(on_device), *kv_cache.shape[1:], device="cpu")
+        for into, (number, _) in zip(blocks, on_device, strict=True):
             first = number * block_size
             last = min(first + block_size, start.rows)
-            if block == 0 or first >= last:  # vLLM's null block: not on the device
-                continue
-            k, v = pool.read(slot, place.layer, first, last)
-            kv_cache[block, :, : last - first, :size] = k.transpose(0, 1)
-            kv_cache[block, :, : last - first, size:] = v.transpose(0, 1)
-            self.counters["loaded_bytes"] += 2 * k.numel() * kv_cache.element_size()
+            both = torch.cat(pool.read(slot, place.layer, first, last), -1)
+            into[:, : last - first] = both.transpose(0, 1)
+            self.counters["loaded_bytes"] += both.numel() * kv_cache.element_size()
+        # Behind the request's rows in its last block are those that the step itself writes.
+        kv_cache[[block for _, block in on_device]] = blocks.to(kv_cache.device)
 
     def check(self) -> None:
         """Raise RuntimeError where the scheduler's books and the stores differ."""

@@ -57,6 +57,7 @@ class Pool:
             An actor whose process has ended is not waited for.
         spin_s: seconds that a wait spins before it sleeps.
         page_rows: a power of two.
+        pinned: page-lock the rows, for a GPU that copies from them.
 
     Raises:
         ValueError: an argument is none of these.
@@ -70,7 +71,7 @@ class Pool:
         scale: float | None = None, actors: int = 1, kind: str = "inline",
         cpus: Sequence[Sequence[int]] | None = None, threads: int | None = None,
         max_requests: int = 256, max_tokens: int, deadline_s: float = DEADLINE,
-        spin_s: float = ring.SPIN, page_rows: int = PAGE_ROWS,
+        spin_s: float = ring.SPIN, page_rows: int = PAGE_ROWS, pinned: bool = False,
     ):  # fmt: skip
         if kind not in KINDS:
             raise ValueError(f"kind: got {kind!r}; use one of {', '.join(KINDS)}")
@@ -95,7 +96,7 @@ class Pool:
         self.store = HostStore(
             self.layout, self.sampling, heads=heads, host_bytes=host_bytes, scale=self.scale,
             max_requests=max_requests, max_tokens=max_tokens, actors=actors,
-            shared=kind in ("process", "ray"),
+            shared=kind in ("process", "ray"), pinned=pinned,
         )  # fmt: skip
         self._open_tickets: set[int] = set()
         self._counts = dict.fromkeys(
@@ -260,6 +261,11 @@ class Pool:
             raise ValueError("prefill_view: rows are kept as int8 with scales; use `read` instead")
         rows = self.store.rows(layer)
         return rows[..., 0, :], rows[..., 1, :]
+
+    def part(self, layer: int) -> torch.Tensor:
+        """All there is of a layer where it lies, uint8 [pages, bytes of a page]: a view, which
+        `Layout.rows` reads. Not after `shutdown`."""
+        return self.store.part(layer)
 
     def block_table(self, slots: Sequence[int]) -> torch.Tensor:
         """int32 [requests, most pages], the pages of each request; 0 behind its last."""

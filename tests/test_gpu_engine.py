@@ -34,7 +34,9 @@ class Stub:
         assert module == gpu_engine.CHILD
         self.settings = json.loads(given)
         config = self.settings.get("additional_config")
-        self.kind = "own" if config is None else "everything" if config["sparse"] else "sparse"
+        asked = {} if config is None else config["sparse"]
+        self.kind = "own" if config is None else "everything" if asked else "sparse"
+        self.kind = asked.get("decode", self.kind)
         self.asked, self.open = 0, True
         self.process = SimpleNamespace(kill=lambda: None)
         Stub.made.append(self)
@@ -65,6 +67,7 @@ class Stub:
             raise TimeoutError("no answer in time")
         given = Stub.tokens.get(self.kind, [5, 3, 7, 7, 7, 7, 7, 7])[: question["max_tokens"]]
         seconds = 2.0 if self.kind == "own" else 0.5
+        seconds += (question["max_tokens"] - 1) * (0.5 if self.kind == "own" else 0.25)
         return {"tokens": given, "answer": [5, 3], "seconds": seconds, "stats": self.stats()}
 
 
@@ -144,6 +147,25 @@ def test_tokens_count_up_to_the_first_that_differs(stub):
     assert status == 1
     said = "answers are wrong; 3 of 24 tokens are the peer's"
     assert rows["engine_tokens_8k"]["case"]["failed"] == said
+
+
+def test_decode_over_host_memory_is_compared_with_the_own_backend(stub):
+    status, rows = stub("--parts", "host")
+    assert status == 0
+    assert list(rows) == [
+        f"host_{what}_{length}"
+        for what in ("tokens", "answers", "decode") for length in ("8k", "32k")
+    ]  # fmt: skip
+    assert [child.kind for child in Stub.made] == ["exact", "own", "vattention"]
+    row = rows["host_decode_8k"]
+    assert (row["ours"], row["theirs"], row["ratio"]) == (0.25, 0.5, 2.0)
+    assert row["case"]["decoded"] == gpu_engine.DECODED
+    Stub.made.clear()
+    Stub.tokens = {"vattention": [4] * 65}
+    status, rows = stub("--parts", "host")
+    assert status == 1 and rows["host_decode_8k"]["ours"] is None
+    assert rows["host_decode_8k"]["case"]["failed"] == "6 answers are wrong"
+    assert rows["host_tokens_8k"]["ours"] == 1.0
 
 
 @pytest.mark.parametrize("how", ["dies", "slow"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -17,10 +17,10 @@ from .cuda_backend import cache_problem
 from .cuda_dense import Flash, flash_for, triton_dense
 from .cuda_metadata import GpuSegment, SparseCudaMetadata, decode_rows
 from .cuda_runtime import Counters, shared_counters, start, workspace_bytes
+from .cuda_sums import LayerSums
 from .impl import refuse_special
-from .kernels.block_indices import BLOCK
 from .kernels.gpu import left_out
-from .kernels.gpu.block_means import PageSums, unit
+from .kernels.gpu.block_means import PageSums
 from .kernels.gpu.paged_decode import (
     Workspace,
     members_of,
@@ -38,10 +38,11 @@ from .planner.device_break_even import NEVER_PAYS, BreakEven
 from .runtime import HeadSettings, Model
 from .stats import STATS
 
-logger = log.get_logger(__name__)
+if TYPE_CHECKING:
+    from .cuda_offload import CudaOffloadedLayer
+    from .staging import Staging
 
-# Memory that keeping sums of pages must leave free: they are not part of what vLLM counts.
-SPARE_BYTES = 2 << 30
+logger = log.get_logger(__name__)
 
 
 class SparseCudaImpl(TritonAttentionImpl):
@@ -87,10 +88,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         )  # fmt: skip
         vllm_config = get_current_vllm_config()
         self.config = SparseConfig.from_additional_config(vllm_config.additional_config)
-        if self.config.offloads:
+        if self.config.offloads and kv_cache_dtype.startswith("fp8"):
             raise ValueError(
-                f'{SECTION}["decode"] is {self.config.decode!r}: decode over host memory is for '
-                'CPU builds of vLLM in this version; leave it at "dense" on a GPU'
+                f'{SECTION}["decode"] is {self.config.decode!r}: host memory has rows in the '
+                "model's dtype, and this cache is FP8; give --kv-cache-dtype bfloat16"
             )
         if self.config.mean_correction:
             left_out.check_head_size(head_size)
@@ -112,8 +113,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         self.break_even = NEVER_PAYS
         self.counters: Counters | None = None
         self.patterns: tuple | None = None
-        self.sums: PageSums | None = None
-        self.summed: tuple | None = None  # address and shape of the cache that `sums` is for
+        self.layer_sums = LayerSums(
+            self.dtype, vllm_config.cache_config,
+            from_elsewhere=vllm_config.kv_transfer_config is not None,
+        )  # fmt: skip
         self.window = sliding_window
         # Most sequences whose decode reads what they begin with together; below 2: none do.
         self.members = 0
@@ -121,8 +124,12 @@ class SparseCudaImpl(TritonAttentionImpl):
             self.members = members_of(num_heads // num_kv_heads, head_size, self.most_rows)
         self.workspace: Workspace | None = None
         self.phi: torch.Tensor | None = None
-        self.cache_config = vllm_config.cache_config
-        self.pages_from_elsewhere = vllm_config.kv_transfer_config is not None
+        self.offload: CudaOffloadedLayer | None = None
+        self.staging: Staging | None = None
+        if self.config.offloads:
+            from .cpu_offload import kv_spec
+
+            kv_spec.install()  # vLLM asks the layers what they keep once all of them are made
         if self.always_dense:
             STATS.fell_back("sliding_window")
         # A draft's layers are not those that the settings' layers and patterns are of.
@@ -154,56 +161,13 @@ class SparseCudaImpl(TritonAttentionImpl):
         return {"k_scale": layer._k_scale, "v_scale": layer._v_scale} if self.fp8 else {}
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
-        """Make room for the sums of pages, or say once that there is none. Both hold for this
-        cache: vLLM tries graphs on a small one before it makes the one that serves.
+        """Make room for the sums of pages; see `LayerSums.prepare`."""
+        if not self.always_dense and kv_cache.numel():  # empty: vLLM measures memory
+            self.layer_sums.prepare(self._caches(kv_cache)[0])
 
-        To be called with the layer's cache before a page is written: what is written without it
-        is in no sum. The builder does, as the first write may be inside a graph's capture. vLLM
-        binds two caches: a small one to measure what graphs take, and the one it serves with.
-        """
-        if self.always_dense or not kv_cache.numel():  # empty: vLLM measures memory
-            return
-        cache = (kv_cache.data_ptr(), kv_cache.shape)
-        if cache == self.summed:
-            return
-        self.summed, self.sums = cache, None
-        k_cache = self._caches(kv_cache)[0]
-        why = self._why_no_sums(k_cache)
-        if why is None:
-            self.sums = PageSums(k_cache, self.dtype)
-            # Compiles the kernels, and writes nothing.
-            on = k_cache.device
-            self.sums.update(k_cache, torch.full((2,), -1, device=on))
-            scale = torch.ones(1, dtype=torch.float32, device=on) if self.fp8 else None
-            table = torch.zeros(1, dtype=torch.int32, device=on)
-            self.sums.means(table, 1, torch.arange(k_cache.shape[1], device=on), scale)
-            return
-        message = f"Mean keys of pages are not kept, planning reads the keys instead: {why}"
-        log.once(logger, logging.WARNING, message)
-        STATS.fell_back("means_from_keys")
-
-    def _why_no_sums(self, k_cache: torch.Tensor) -> str | None:
-        """Why no sums are kept of a cache's pages, or None: they are."""
-        pages, heads, page, size = k_cache.shape
-        if self.pages_from_elsewhere:
-            return "a KV connector fills pages, which come without"
-        if unit(page) is None:
-            return f"pages of {page} tokens are no part or multiple of {BLOCK}"
-        # Where a prefix hit ends inside a block, vLLM copies the block's keys, and not their sums.
-        # Of one unit that is no matter: the first token that is written after them sums it anew.
-        shared = getattr(self.cache_config, "hash_block_size", None)
-        blocks = self.cache_config.num_gpu_blocks
-        tokens = pages * page // blocks if blocks else page
-        if self.cache_config.enable_prefix_caching and shared and max(shared, unit(page)) < tokens:
-            return f"vLLM shares prefixes by {shared} tokens and parts of blocks of {tokens}"
-        if not k_cache.is_cuda:
-            return None
-        need = pages * page // unit(page) * heads * size * self.dtype.itemsize
-        if torch.cuda.is_current_stream_capturing():
-            return "pages were first written inside a CUDA graph"
-        if torch.cuda.mem_get_info(k_cache.device)[0] < need + SPARE_BYTES:
-            return "too little GPU memory is left (a lower --gpu-memory-utilization leaves more)"
-        return None
+    @property
+    def sums(self) -> PageSums | None:
+        return self.layer_sums.sums
 
     def forward(
         self,
@@ -231,11 +195,25 @@ class SparseCudaImpl(TritonAttentionImpl):
                     need += left_out.means_bytes(self.longest, self.num_kv_heads, self.head_size)
                 torch.empty(need, dtype=torch.uint8, device=query.device)
             return output.fill_(0)
+        given = (layer, query, key, value, kv_cache, attn_metadata, output)
+        if not self.config.offloads:
+            return self.attend(*given)
+        if self.offload is None:
+            from .cuda_offload import CudaOffloadedLayer
+
+            self.offload = CudaOffloadedLayer(self, layer.layer_name)
+        return self.offload.forward(*given)
+
+    def attend(
+        self, layer, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        kv_cache: torch.Tensor, attn_metadata: SparseCudaMetadata, output: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """`forward` over a cache that has every key."""
         segments = attn_metadata.segments
         if segments is None and attn_metadata.decodes:
             tokens = attn_metadata.num_actual_tokens
             rows = slice(0, tokens)
-            self._decode(layer, attn_metadata, query[rows], kv_cache, output[rows])
+            self.decode(layer, attn_metadata, query[rows], kv_cache, output[rows])
             return output
         if segments is None or self.always_dense:
             tokens = attn_metadata.num_actual_tokens
@@ -246,13 +224,20 @@ class SparseCudaImpl(TritonAttentionImpl):
         for segment in segments:
             rows = slice(segment.begin, segment.end)
             if segment.decodes:
-                self._decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
-            elif segment.sparse:
-                self._sparse(layer, segment, query[rows], kv_cache, output[rows])
+                self.decode(layer, segment.metadata, query[rows], kv_cache, output[rows])
             else:
                 given = (query[rows], key[rows], value[rows], kv_cache, output[rows])
-                self._dense(layer, segment.metadata, *given)
+                self.prefill(layer, segment, *given)
         return output
+
+    def prefill(
+        self, layer, segment: GpuSegment, query: torch.Tensor, key: torch.Tensor,
+        value: torch.Tensor, kv_cache: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        if segment.sparse and not self.always_dense:
+            self._sparse(layer, segment, query, kv_cache, out)
+        else:
+            self._dense(layer, segment.metadata, query, key, value, kv_cache, out)
 
     def _dense(
         self,
@@ -274,15 +259,16 @@ class SparseCudaImpl(TritonAttentionImpl):
             sinks=self.sinks,
         )  # fmt: skip
 
-    def _decode(
+    def decode(
         self,
         layer,
         metadata: SparseCudaMetadata,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         out: torch.Tensor,
-    ) -> None:
-        paged_decode(
+    ) -> torch.Tensor:
+        """Returns the rows' lse, fp32 [T, H]."""
+        _, lse = paged_decode(
             query,
             *self._caches(kv_cache),
             metadata.block_table,
@@ -300,6 +286,7 @@ class SparseCudaImpl(TritonAttentionImpl):
             workspace=self.workspace,
             **self._scales(layer),
         )
+        return lse
 
     def _sparse(
         self,
@@ -343,6 +330,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         check_scales(device, **self._scales(layer))
         self.workspace = shared_workspace(device)
         self.workspace.reserve(self.head_size, device)
+        if self.config.offloads:
+            from .cuda_offload import staging_of
+
+            self.staging = staging_of(self, device)
         if self.window is None:
             self.counters = shared_counters(device)
             self._find_patterns(layer.layer_name)
@@ -358,6 +349,10 @@ class SparseCudaImpl(TritonAttentionImpl):
         shape = (self.head_size, self.num_heads, self.num_kv_heads)
         sinks = self.sinks.dtype if has_sinks else None
         self.flash = flash_for(*shape, page, self.dtype, self.cache_dtype, sinks, device)
+        if self.config.offloads:
+            from .cuda_offload import settle
+
+            settle(self, device)
         if not self.always_dense:
             self.break_even = start(
                 self.config, dtype=self.dtype, cache_dtype=self.cache_dtype,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config, set_current_vllm_config
@@ -16,6 +16,7 @@ from vllm.v1.attention.backends.triton_attn import (
 )
 
 from . import log
+from .config import SparseConfig
 from .kernels.gpu.shared_prefix import Room, shared_prefixes
 from .kernels.shared_prefix import SharedPrefixes
 from .planner.device_break_even import NEVER_PAYS
@@ -30,11 +31,21 @@ class GpuSegment:
 
     begin: int  # first row of the batch's queries
     end: int
+    first: int  # number in the batch of its first sequence
     query_lens: list[int]  # [S]
     seq_lens: list[int]  # [S], new tokens included
     metadata: SparseCudaMetadata  # of these sequences, not cut, rows counted from 0
     decodes: bool  # one row each, or one and the tokens speculated after it
     sparse: bool  # False: vLLM's own kernels attend
+    far: bool = False  # one sequence, of which the device lacks rows that host memory has
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A step's sequences, on the host; for layers whose rows are kept there as well."""
+
+    starts: list[int]  # first row of each, and the end
+    tails: list[int]  # the last block of each
 
 
 @dataclass
@@ -43,11 +54,15 @@ class SparseCudaMetadata(TritonAttentionMetadata):
 
     decodes: a step that is not cut is all decoding.
     shared: what the sequences of such a step begin with together; None: it was not looked for.
+    sequences: None where nothing is kept in host memory.
+    batch: an offload.Batch, made by the first layer that needs it.
     """
 
     segments: list[GpuSegment] | None = None
     decodes: bool = False
     shared: SharedPrefixes | None = None
+    sequences: Sequences | None = None
+    batch: Any = None
 
 
 class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
@@ -57,6 +72,13 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
     # it, speculated tokens with it; it is exact, whatever rows of a prompt vLLM replays it for.
     # Where prompts are planned, launches depend on lengths: piecewise graphs leave attention out.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """NEVER over host memory: the host takes part in each layer."""
+        if SparseConfig.from_additional_config(vllm_config.additional_config).offloads:
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -84,6 +106,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
         self.page = kv_cache_spec.block_size
         self.sharing = next(iter(counters)).sharing if self.counts and counters else None
+        self.offloads = SparseConfig.from_additional_config(vllm_config.additional_config).offloads
         self.room = None
         if (members := max(impl.members for impl in impls)) > 1:
             graphs = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
@@ -115,8 +138,9 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         prompts = [True] * num_seqs if prompts is None else prompts.tolist()
         sparse = [False] * num_seqs
         seq_lens: list[int] = []
-        if not self.all_dense and common.max_query_len > 1:
+        if self.offloads or (not self.all_dense and common.max_query_len > 1):
             seq_lens = host_lengths(common)[:num_seqs]
+        if not self.all_dense and common.max_query_len > 1:
             sparse = [
                 n > 1 and prompts[i] and self.break_even.pays(n, seq_lens[i])
                 for i, n in enumerate(query_lens)
@@ -126,12 +150,19 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         ]
         if self.counts:
             self._count(query_lens, sparse, decodes)
-        if not any(sparse):
+        far = [False] * num_seqs
+        if self.offloads:
+            fields["sequences"] = self._sequences(common, starts, seq_lens)
+            far = [
+                not decodes[i] and self._lacks_rows(seq_lens[i] - n)
+                for i, n in enumerate(query_lens)
+            ]
+        elif not any(sparse):
             shared = self._shared(whole, self.room) if all(decodes) else None
             return SparseCudaMetadata(**fields, decodes=all(decodes), shared=shared)
         whole = SparseCudaMetadata(**fields)
-        kinds = list(zip(sparse, decodes, strict=True))
-        cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1]]
+        kinds = list(zip(sparse, decodes, far, strict=True))
+        cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1] or far[i]]
         segments = [
             self._segment(whole, starts, query_lens, seq_lens, a, b, *kinds[a])
             for a, b in itertools.pairwise([0, *cuts, num_seqs])
@@ -160,8 +191,26 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
             members=self.room.members, into=into, sharing=self.sharing,
         )  # fmt: skip
 
+    def _sequences(
+        self, common: CommonAttentionMetadata, starts: list[int], seq_lens: list[int]
+    ) -> Sequences:
+        """Waits for the device, once a step: it alone has the blocks' numbers."""
+        ends = torch.tensor([[max(n - 1, 0) // self.page] for n in seq_lens], dtype=torch.int64)
+        table = common.block_table_tensor[: len(seq_lens)]
+        tails = table.gather(1, ends.to(table.device)).flatten().tolist()
+        return Sequences(starts[: len(seq_lens) + 1], tails)
+
+    def _lacks_rows(self, computed: int) -> bool:
+        """Whether rows of a sequence may be gone from the device before its next chunk."""
+        spec = self.kv_cache_spec
+        if not hasattr(spec, "sink_blocks"):  # not an OffloadWindowSpec
+            return False
+        from .offload import first_block
+
+        return first_block(computed + 1, spec.sliding_window, self.page) > spec.sink_blocks
+
     def _segment(
-        self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes
+        self, whole, starts, query_lens, seq_lens, first, last, sparse, decodes, far
     ) -> GpuSegment:
         begin, end = starts[first], starts[last]
         lengths = seq_lens[first:last]
@@ -177,7 +226,9 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         )
         if decodes:
             part.shared = self._shared(part)
-        return GpuSegment(begin, end, query_lens[first:last], lengths, part, decodes, sparse)
+        return GpuSegment(
+            begin, end, first, query_lens[first:last], lengths, part, decodes, sparse, far
+        )
 
     def _most_rows_of(self, query_lens: list[int], decodes: bool) -> int:
         """Most rows of a sequence of a segment, on the device as well: with adaptive verification
@@ -211,6 +262,7 @@ def host_lengths(common: CommonAttentionMetadata) -> list[int]:
 
 __all__ = [
     "GpuSegment",
+    "Sequences",
     "SparseCudaMetadata",
     "SparseCudaMetadataBuilder",
     "decode_rows",

@@ -12,7 +12,6 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from . import kernels
 from .config import SparseConfig
-from .cpu_offload.host import StoreLost
 from .kernels.paged_cache import halves
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
@@ -180,22 +179,18 @@ class SparseAttentionImpl(CpuAttentionImpl):
             from .offload import OffloadedLayer
 
             self.offload = OffloadedLayer(layer_name, self.config, self.scale)
-        if self.offload.lost:
-            return output.zero_()
-        try:
-            return self._attend_offloaded(query, key, value, k_cache, v_cache, metadata, output)
-        except StoreLost as error:
-            self.offload.host.lose(error)
-            return output.zero_()
+        given = (query, key, value, k_cache, v_cache, metadata, output)
+        return self.offload.guarded(lambda: self._attend_offloaded(*given), output)
 
     def _attend_offloaded(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         k_cache: torch.Tensor, v_cache: torch.Tensor, metadata: SparseMetadata,
         output: torch.Tensor,
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> None:  # fmt: skip
         batch = self.offload.append(metadata, key, value, k_cache.shape[2])
         if self.offload.resident:
-            return self._attend(query, k_cache, v_cache, metadata, output)
+            self._attend(query, k_cache, v_cache, metadata, output)
+            return
         decodes = metadata.num_decodes
         if decodes:
             self.offload.decode(
@@ -208,7 +203,6 @@ class SparseAttentionImpl(CpuAttentionImpl):
             segment, k_pages, v_pages = self.offload.segment(batch, device_segment)
             rows = slice(segment.begin, segment.end)
             self._prefill(segment, query[rows], k_pages, v_pages, output[rows])
-        return output
 
     def _prefill(
         self,

@@ -6,8 +6,9 @@ the device's rows here and to those between in the host's pool, at the same time
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -15,7 +16,9 @@ import torch
 from . import kernels
 from .config import SparseConfig
 from .cpu_offload import connector
+from .cpu_offload.host import StoreLost
 from .cpu_offload.mirror import HostKV, Place
+from .cpu_offload.tickets import Ticket
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
 
@@ -24,10 +27,19 @@ from .metadata import Segment, SparseMetadata
 class Far:
     """The decoding sequences of which some rows are in host memory only."""
 
-    rows: torch.Tensor  # int64 [F], of the batch
+    rows: torch.Tensor  # int64 [F], of the queries, one each
     slots: list[int]
     first: list[int]  # first row that the device lacks
     last: list[int]  # the one behind the last
+
+
+@dataclass(frozen=True)
+class Near:
+    """What the device has of decoding sequences, and what of them it has not."""
+
+    block_table: torch.Tensor  # int32 [decodes, P], of blocks on the device
+    seq_lens: torch.Tensor  # int32 [decodes], rows in them
+    far: Far | None
 
 
 @dataclass
@@ -35,10 +47,9 @@ class Batch:
     """A step, as one KV cache group sees it."""
 
     requests: list[str]  # of each sequence
-    block_table: torch.Tensor | None = None  # int32 [decodes, P], of blocks on the device
-    seq_lens: torch.Tensor | None = None  # int32 [decodes], rows in them
-    far: Far | None = None
+    near: dict[int, Near] = field(default_factory=dict)  # by the first of the sequences
     segments: dict[int, Segment] = field(default_factory=dict)
+    number: int = field(default_factory=itertools.count().__next__)  # no other has it
 
 
 class OffloadedLayer:
@@ -53,10 +64,16 @@ class OffloadedLayer:
         self.window, self.sink = config.window, config.sink
         self.scale = scale
 
-    @property
-    def lost(self) -> bool:
-        """Whether the stores are lost; what this step gives is thrown away then."""
-        return self.host.lost is not None
+    def guarded(self, attend: Callable[[], None], output: torch.Tensor) -> torch.Tensor:
+        """`output`, written by `attend`; zeros where the stores are lost, as what this step gives
+        is thrown away then."""
+        if self.host.lost is None:
+            try:
+                attend()
+                return output
+            except StoreLost as error:
+                self.host.lose(error)
+        return output.zero_()
 
     def append(
         self, metadata: SparseMetadata, key: torch.Tensor, value: torch.Tensor, page: int
@@ -78,27 +95,33 @@ class OffloadedLayer:
 
         `softmax` holds how the device's rows are joined: see `kernels.paged_decode`.
         """
-        if batch.block_table is None:
-            self._split(batch, metadata, k_cache.shape[2])
-        pool, far, counters = self.host.pool, batch.far, self.host.counters
-        if far is not None:
-            begin = time.perf_counter()
-            mine = query[far.rows]
-            ticket = pool.submit(self.place.layer, mine, far.slots, far.first, far.last)
-            counters["pool_seconds"] += time.perf_counter() - begin
+        decodes = metadata.num_decodes
+        lengths, page = metadata.seq_lens[:decodes], k_cache.shape[2]
+        near = self.near(batch, 0, lengths, metadata.block_table[:decodes], page)
+        asked = None if near.far is None else self.ask(near.far, query[near.far.rows])
         _, lse = kernels.paged_decode(
-            query, k_cache, v_cache, batch.block_table, batch.seq_lens, scale=self.scale, out=out,
+            query, k_cache, v_cache, near.block_table, near.seq_lens, scale=self.scale, out=out,
             **softmax,
         )  # fmt: skip
-        if far is not None:
-            begin = time.perf_counter()
-            far_out = torch.empty_like(mine)
-            far_lse = torch.empty(mine.shape[:2], dtype=torch.float32)
-            pool.collect(ticket, far_out, far_lse)
-            counters["pool_seconds"] += time.perf_counter() - begin
-            counters["decode_rows"] += len(mine)
-            merged, _ = kernels.merge(out[far.rows], lse[far.rows], far_out, far_lse)
-            out[far.rows] = merged
+        if asked is not None:
+            rows = near.far.rows
+            answer = torch.empty(asked.q.shape), torch.empty(asked.q.shape[:2])
+            self.collect(asked, *answer)
+            out[rows], _ = kernels.merge(out[rows], lse[rows], *answer)
+
+    def ask(self, far: Far, q: torch.Tensor) -> Ticket:
+        """Have the pool attend for q [F, H, D] to the rows that the device lacks."""
+        begin = time.perf_counter()
+        ticket = self.host.pool.submit(self.place.layer, q, far.slots, far.first, far.last)
+        self.host.counters["pool_seconds"] += time.perf_counter() - begin
+        return ticket
+
+    def collect(self, asked: Ticket, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Put the pool's answer into out [F, H, D] and lse fp32 [F, H]."""
+        begin = time.perf_counter()
+        self.host.pool.collect(asked, out, lse)
+        self.host.counters["pool_seconds"] += time.perf_counter() - begin
+        self.host.counters["decode_rows"] += len(out)
 
     def segment(self, batch: Batch, segment: Segment) -> tuple[Segment, torch.Tensor, torch.Tensor]:
         """A prefill segment over the host's pages, and the keys and values [pages, Hkv, rows, D]
@@ -111,40 +134,48 @@ class OffloadedLayer:
             batch.segments[key] = replace(segment, block_table=table)
         return batch.segments[key], *pool.prefill_view(self.place.layer)
 
-    def _split(self, batch: Batch, metadata: SparseMetadata, page: int) -> None:
-        sink = -(-self.sink // page)
-        tables: list[torch.Tensor] = []
-        lens: list[int] = []
-        far = Far(torch.empty(0), [], [], [])
-        rows: list[int] = []
-        for i in range(metadata.num_decodes):
-            length, blocks = metadata.seq_lens[i], metadata.block_table[i]
-            end = -(-length // page)
-            begin = first_block(length, self.window, page)
-            if begin <= sink:
-                tables.append(blocks[:end])
-                lens.append(length)
-                continue
+    def near(
+        self, batch: Batch, first: int, lengths: Sequence[int], block_table: torch.Tensor,
+        page: int,
+    ) -> Near:  # fmt: skip
+        """Where decoding sequences, the batch's from `first` on, find their rows on the device.
+
+        Args:
+            lengths: of each, the new row included; block_table: int32 [decodes, P], theirs.
+        """
+        if first not in batch.near:
+            sink = -(-self.sink // page)
+            kept: list[range] = []  # blocks behind the sink's that the device has
+            rows: list[int] = []
+            far = Far(torch.empty(0), [], [], [])
+            for i, length in enumerate(lengths):
+                begin, end = first_block(length, self.window, page), -(-length // page)
+                kept.append(range(max(begin, sink), end))
+                if begin <= sink:
+                    continue
+                request = batch.requests[first + i]
+                rows.append(i)
+                far.slots.append(self.host.slots[request][self.place.store])
+                far.first.append(sink * page)
+                far.last.append(begin * page)
             # The entries between are blocks of other requests by now.
-            tables.append(torch.cat([blocks[:sink], blocks[begin:end]]))
-            lens.append(length - (begin - sink) * page)
-            rows.append(i)
-            far.slots.append(self.host.slots[batch.requests[i]][self.place.store])
-            far.first.append(sink * page)
-            far.last.append(begin * page)
-        batch.block_table = _pad(tables)
-        batch.seq_lens = torch.tensor(lens, dtype=torch.int32)
-        batch.far = replace(far, rows=torch.tensor(rows)) if rows else None
+            numbers = torch.zeros(len(kept), sink + max(map(len, kept)), dtype=torch.int64)
+            numbers[:, :sink] = torch.arange(sink)
+            there = torch.tensor(lengths, dtype=torch.int32)
+            for i, blocks in enumerate(kept):
+                numbers[i, sink : sink + len(blocks)] = torch.tensor(blocks)
+                there[i] -= (blocks.start - sink) * page
+            on = block_table.device
+            numbers.clamp_(max=block_table.shape[1] - 1)
+            if rows:
+                far = replace(far, rows=torch.tensor(rows).to(on))
+            batch.near[first] = Near(
+                block_table.gather(1, numbers.to(on)), there.to(on), far if rows else None
+            )
+        return batch.near[first]
 
 
 def first_block(length: int, window: int, page: int) -> int:
     """Number of the first block of a sequence of `length` rows, its newest included, that the
     device is certain to have besides the sink's: see OffloadWindowManager."""
     return max(length - window, 0) // page
-
-
-def _pad(tables: Sequence[torch.Tensor]) -> torch.Tensor:
-    padded = torch.zeros(len(tables), max(map(len, tables)), dtype=torch.int32)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
-    return padded

@@ -11,6 +11,8 @@ _EXPORTS = {
     "SparseOffloadConnector": "base",
     "host": "worker",
     "kv_cache_group": "worker",
+    "ranks": "worker",
+    "sampling_of": "install",
 }
 
 __all__ = sorted(_EXPORTS)

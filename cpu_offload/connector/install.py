@@ -64,6 +64,11 @@ def refusals(vllm_config, config: SparseConfig) -> list[str]:
             f"--kv-offloading-size {cache.kv_offloading_size}, vLLM's own host cache for the "
             "device's blocks; leave one of the two out"
         )
+    if str(getattr(cache, "cache_dtype", "auto")).startswith("fp8"):
+        found.append(
+            f"--kv-cache-dtype {cache.cache_dtype}: host memory has rows in the model's dtype; "
+            "leave it at auto"
+        )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         found.append(
             "--disable-hybrid-kv-cache-manager, which would keep every block; leave it out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.platforms import current_platform
 
 from vllm_sparse import log
 from vllm_sparse.config import SparseConfig
@@ -36,6 +37,11 @@ def kv_cache_group(layer_name: str) -> int:
     return _WORKER.groups[layer_name]
 
 
+def ranks() -> int:
+    """How many workers share the machine's cores and memory."""
+    return get_tensor_model_parallel_world_size()
+
+
 class WorkerSide:
     def __init__(self, vllm_config, kv_cache_config) -> None:
         global _WORKER
@@ -65,7 +71,7 @@ class WorkerSide:
             page_rows=PAGE_ROWS,
             max_tokens=model.max_model_len,
             max_requests=scheduler.max_num_seqs,
-            ranks=get_tensor_model_parallel_world_size(),
+            ranks=ranks(),
         )
         self.shape = {
             "heads": model.get_num_attention_heads(vllm_config.parallel_config),
@@ -109,7 +115,8 @@ class WorkerSide:
                 layers=offloaded.layers, host_bytes=self.pages * offloaded.page_bytes,
                 sampler=config.decode, rows=config.rows,
                 sampler_options=dict(config.sampler_options), kind=pool_kind(config),
-                actors=len(cpus) if cpus else max(config.actors, 1), cpus=cpus, **self.shape,
+                actors=len(cpus) if cpus else max(config.actors, 1), cpus=cpus,
+                pinned=current_platform.is_cuda(), **self.shape,
             )
         ]  # fmt: skip
         for x in resident:

@@ -98,10 +98,10 @@ def configs(target: Target) -> Iterator[Config]:
         signature = dict.fromkeys(pointers[:2], f"*{DTYPES[dtype]}")
         signature |= dict.fromkeys(pointers[2:], f"*{DTYPES[cache]}") | scales
         signature |= {"slot_mapping": "*i64", "num_heads": "i32"} | dict.fromkeys(_STRIDES, "i64")
-        # vLLM's own op writes the cache in serving.
+        # In serving vLLM's own op writes its cache, and this one what prompts read of host memory.
         yield Config(
             f"{named(dtype, cache)}-8x128", constants(8, 128, 16) | no_scales, WARPS, STAGES,
-            signature, serving=False, aligned=frozenset((*pointers, *_STRIDES)),
+            signature, serving=cache != FP8, aligned=frozenset((*pointers, *_STRIDES)),
         )  # fmt: skip
 
 

@@ -18,6 +18,16 @@ BATCHES = [
     # 10 pages each, of 31 that can be used, and the third new token of each needs an eleventh.
     [prompt(318, seed) for seed in (6, 7, 9)],
 ]
+# Chunks that read the host's rows, sparsely and densely, steps that mix them with decodes, and a
+# prefix of a whole host page.
+LONG = prompt(600, 11)
+OFFLOADED = [
+    [prompt(10, 3)],
+    [LONG],
+    [LONG[:300] + prompt(150, 2), LONG[:520], prompt(90, 5)],
+    # 8 blocks each at most, of 31.
+    [prompt(250, seed) for seed in (6, 7, 9, 10)],
+]
 SIZES = {
     "max_tokens": 8, "max_num_batched_tokens": 256, "max_model_len": 512, "block_size": 32,
     "kv_cache_memory_bytes": 2 << 20,  # 32 pages of 32 tokens x 2 layers x 2 heads x 2 x 64 floats
@@ -29,8 +39,8 @@ def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"), layers=2)
 
 
-def both(model, batches, sparse, **engine):
-    """(vLLM's own backend, ours)"""
+def both(model, batches, sparse, dense=None, **engine):
+    """(vLLM's own backend, ours); `dense` holds what the first is given in place of `SIZES`."""
 
     def interpreted(env):
         return run(
@@ -40,7 +50,8 @@ def both(model, batches, sparse, **engine):
         )  # fmt: skip
 
     with beside() as engines:
-        runs = engines.start(run, model, batches, **SIZES), engines.start(interpreted)
+        peer = SIZES | (dense or {})
+        runs = engines.start(run, model, batches, **peer), engines.start(interpreted)
         return [one.result() for one in runs]
 
 
@@ -68,3 +79,19 @@ def test_speculated_tokens(model):
     assert ours.tokens == dense.tokens
     [stats] = ours.stats
     assert stats["decode_rows"] > 2 * (SIZES["max_tokens"] - 1)  # more than one a step
+
+
+@pytest.mark.parametrize("resident", [[], [1]])
+def test_decode_over_host_memory(model, resident):
+    sparse = {
+        "decode": "exact", "window": 64, "sink": 16, "resident_layers": resident, "host_gib": 0.1,
+        "break_even": 400,
+    }  # fmt: skip
+    sizes = {"max_model_len": 1024, "max_num_batched_tokens": 128}
+    whole = {"max_model_len": 1024, "kv_cache_memory_bytes": 8 << 20}
+    dense, ours = both(model, OFFLOADED, sparse, whole, **sizes)
+    assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
+    assert ours.tokens == dense.tokens
+    assert ours.cached[2] == [256, 512, 0]
+    [stats] = ours.stats
+    assert stats["sparse_chunks"] > 3 and stats["dense_chunks"] > 3
