@@ -105,7 +105,7 @@ class OffloadedLayer:
         )  # fmt: skip
         if asked is not None:
             rows = near.far.rows
-            answer = torch.empty(asked.q.shape), torch.empty(asked.q.shape[:2])
+            answer = torch.empty(asked.q.shape, dtype=torch.float32), torch.empty_like(lse[rows])
             self.collect(asked, *answer)
             out[rows], _ = kernels.merge(out[rows], lse[rows], *answer)
 
@@ -144,35 +144,34 @@ class OffloadedLayer:
             lengths: of each, the new row included; block_table: int32 [decodes, P], theirs.
         """
         if first not in batch.near:
-            sink = -(-self.sink // page)
-            kept: list[range] = []  # blocks behind the sink's that the device has
-            rows: list[int] = []
-            far = Far(torch.empty(0), [], [], [])
-            for i, length in enumerate(lengths):
-                begin, end = first_block(length, self.window, page), -(-length // page)
-                kept.append(range(max(begin, sink), end))
-                if begin <= sink:
-                    continue
-                request = batch.requests[first + i]
-                rows.append(i)
-                far.slots.append(self.host.slots[request][self.place.store])
-                far.first.append(sink * page)
-                far.last.append(begin * page)
-            # The entries between are blocks of other requests by now.
-            numbers = torch.zeros(len(kept), sink + max(map(len, kept)), dtype=torch.int64)
-            numbers[:, :sink] = torch.arange(sink)
-            there = torch.tensor(lengths, dtype=torch.int32)
-            for i, blocks in enumerate(kept):
-                numbers[i, sink : sink + len(blocks)] = torch.tensor(blocks)
-                there[i] -= (blocks.start - sink) * page
-            on = block_table.device
-            numbers.clamp_(max=block_table.shape[1] - 1)
-            if rows:
-                far = replace(far, rows=torch.tensor(rows).to(on))
-            batch.near[first] = Near(
-                block_table.gather(1, numbers.to(on)), there.to(on), far if rows else None
-            )
+            slots = [
+                self.host.slots[request][self.place.store]
+                for request in batch.requests[first : first + len(lengths)]
+            ]
+            batch.near[first] = self._near(slots, lengths, block_table, page)
         return batch.near[first]
+
+    def _near(
+        self, slots: list[int], lengths: Sequence[int], block_table: torch.Tensor, page: int
+    ) -> Near:
+        sink = -(-self.sink // page)
+        begins = [first_block(length, self.window, page) for length in lengths]
+        gone = [i for i, begin in enumerate(begins) if begin > sink]
+        # The entries between are blocks of other requests by now.
+        begins = [max(begin, sink) for begin in begins]
+        width = sink + max(-(-n // page) - begin for n, begin in zip(lengths, begins, strict=True))
+        number = torch.arange(max(width, sink))
+        moved = torch.tensor(begins)[:, None] - sink  # blocks
+        numbers = torch.where(number < sink, number, number + moved)
+        there = torch.tensor(lengths, dtype=torch.int32) - moved[:, 0].int() * page
+        on = block_table.device
+        # Behind a sequence's end: any block will do.
+        numbers = numbers.clamp_(max=block_table.shape[1] - 1).to(on)
+        far = Far(
+            torch.tensor(gone, dtype=torch.int64).to(on), [slots[i] for i in gone],
+            [sink * page] * len(gone), [begins[i] * page for i in gone],
+        )  # fmt: skip
+        return Near(block_table.gather(1, numbers), there.to(on), far if gone else None)
 
 
 def first_block(length: int, window: int, page: int) -> int:

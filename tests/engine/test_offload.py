@@ -7,7 +7,7 @@ import re
 import pytest
 from engine_run import prompt, run
 from engine_steps import Phase, Steps, run_steps
-from engines_beside import on_two_cores
+from engines_beside import beside, on_two_cores
 
 from vllm_sparse.cpu_offload import numa
 
@@ -54,13 +54,29 @@ def phase(steps: Steps, name: str) -> Phase:
 
 
 @pytest.fixture(scope="module")
-def dense(llama):
-    return serve(llama, *PHASES)
+def engines(llama):
+    """Runs by name, all but those that take both cores or are timed."""
+    with beside() as engines:
+        yield {
+            "dense": engines.start(serve, llama, *PHASES),
+            "offloaded": engines.start(serve, llama, *PHASES, **exact()),
+            # 14 pages of 256 rows a request, of 1 MiB each; two layers are kept on the device too.
+            "full host": engines.start(
+                serve, llama, "crowd", "mixed", "prefix", kv_cache_memory_bytes=256 << 20,
+                **exact(host_gib=0.05, resident_layers=[0, 2]),
+            ),
+            "numa": engines.start(serve, llama, "mixed", **exact(actors="numa")),
+        }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def offloaded(llama):
-    return serve(llama, *PHASES, **exact())
+def dense(engines):
+    return engines["dense"].result()
+
+
+@pytest.fixture(scope="module")
+def offloaded(engines):
+    return engines["offloaded"].result()
 
 
 @pytest.mark.parametrize("name", PHASES)
@@ -107,6 +123,25 @@ def test_counters(offloaded):
     assert stats["host_bytes"] <= 0.25 * 2**30
 
 
+def test_a_full_host_queues(engines, dense):
+    result = engines["full host"].result()
+    crowd, mixed, prefix = result.phases
+    assert crowd.tokens == phase(dense, "crowd").tokens
+    assert mixed.tokens == phase(dense, "mixed").tokens
+    assert prefix.tokens == phase(dense, "prefix").tokens
+    assert prefix.cached == [0, 7 * 256]
+    assert max(crowd.held) == max(crowd.running) == 3
+    assert result.stats["queued"] > 0
+
+
+def test_one_actor_for_each_numa_node(engines, dense):
+    result = engines["numa"].result()
+    assert result.phases[0].tokens == phase(dense, "mixed").tokens
+    assert result.stats["rows_read"] > 0
+    made = re.search(r"decode exact by (\d+) process(es)? and the worker", result.log)
+    assert 1 <= int(made[1]) <= max(len(numa.nodes()), 1)
+
+
 def test_a_request_longer_than_the_device(llama, dense):
     device = {"kv_cache_memory_bytes": 20 * BLOCK_BYTES, "max_model_len": LONGEST}
     assert "KV cache is needed" in run(llama, [[[1]]], expect_failure=True, **device)
@@ -119,29 +154,6 @@ def test_a_request_longer_than_the_device(llama, dense):
     for name, got in zip(names, result.phases, strict=True):
         assert got.tokens == phase(dense, name).tokens
     assert result.phases[names.index("prefix")].cached == [0, 7 * 256]
-
-
-def test_a_full_host_queues(llama, dense):
-    # 14 pages of 256 rows a request, of 1 MiB each; two layers are kept on the device as well.
-    result = serve(
-        llama, "crowd", "mixed", "prefix", kv_cache_memory_bytes=256 << 20,
-        **exact(host_gib=0.05, resident_layers=[0, 2]),
-    )  # fmt: skip
-    crowd, mixed, prefix = result.phases
-    assert crowd.tokens == phase(dense, "crowd").tokens
-    assert mixed.tokens == phase(dense, "mixed").tokens
-    assert prefix.tokens == phase(dense, "prefix").tokens
-    assert prefix.cached == [0, 7 * 256]
-    assert max(crowd.held) == max(crowd.running) == 3
-    assert result.stats["queued"] > 0
-
-
-def test_one_actor_for_each_numa_node(llama, dense):
-    result = serve(llama, "mixed", **exact(actors="numa"))
-    assert result.phases[0].tokens == phase(dense, "mixed").tokens
-    assert result.stats["rows_read"] > 0
-    made = re.search(r"decode exact by (\d+) process(es)? and the worker", result.log)
-    assert 1 <= int(made[1]) <= max(len(numa.nodes()), 1)
 
 
 def test_an_actor_is_killed_while_it_decodes(llama, dense):

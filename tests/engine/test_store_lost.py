@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from engine_run import prompt
 from engine_steps import Steps, run_steps
-from engines_beside import on_two_cores
+from engines_beside import beside, on_two_cores
 
 BLOCK_BYTES = 512 << 10  # 128 tokens x 4 layers x 2 heads x 2 x 64 x 4 bytes
 # 8 requests that prefill for some 26 steps and decode for 60, and what is asked afterwards.
@@ -34,9 +34,31 @@ def lossy(call_at: dict[int, list], **more) -> dict:
     }  # fmt: skip
 
 
+# In a step of prefill, between two of decode, and in one of decode after its tokens are known to be
+# wrong only at its end. Each time all is prefilled again, in some 30 steps.
+IN_STEPS = {10: ["append"], 60: ["head"], 120: ["pages"]}
+# Two KV cache groups, where vLLM's own handling of failed loads gives up.
+OF_AN_ACTOR = {40: ["head"], 90: ["collect"]}
+OVER_AND_OVER = {step: ["head"] for step in (2, 4, 6, 8)}
+
+
 @pytest.fixture(scope="module")
-def dense(llama):
-    return serve(llama)
+def engines(llama):
+    """Runs by name, all but the one that takes both cores."""
+    with beside() as engines:
+        yield {
+            "dense": engines.start(serve, llama),
+            "in steps": engines.start(serve, llama, **lossy(IN_STEPS)),
+            "of an actor": engines.start(
+                serve, llama, **lossy(OF_AN_ACTOR, actors=1, resident_layers=[0, 2])
+            ),
+            "over and over": engines.start(serve, llama, **lossy(OVER_AND_OVER)),
+        }
+
+
+@pytest.fixture(scope="module")
+def dense(engines):
+    return engines["dense"].result()
 
 
 def check(got: Steps, dense: Steps, losses: int) -> None:
@@ -51,33 +73,27 @@ def check(got: Steps, dense: Steps, losses: int) -> None:
     assert got.phases[0].preemptions >= losses
 
 
-def test_a_store_is_lost_in_prefill_and_in_decode(llama, dense):
-    # In a step of prefill, between two of decode, and in one of decode after its tokens are known
-    # to be wrong only at its end. Each time all is prefilled again, in some 30 steps.
-    calls = {10: ["append"], 60: ["head"], 120: ["pages"]}
-    got = serve(llama, **lossy(calls))
+def test_a_store_is_lost_in_prefill_and_in_decode(engines, dense):
+    got = engines["in steps"].result()
     check(got, dense, 3)
     for cause in ("out of memory", "the head of the region was", "the page lists in the region"):
         assert got.log.count(SAID + cause) == 1
     assert got.stats["rows_read"] == got.stats["rows_there"] > 0
 
 
-def test_an_actor_s_region_is_lost_beside_resident_layers(llama, dense):
-    # Two KV cache groups, where vLLM's own handling of failed loads gives up.
-    calls = {40: ["head"], 90: ["collect"]}
-    got = serve(llama, **lossy(calls, actors=1, resident_layers=[0, 2]))
+def test_an_actor_s_region_is_lost_beside_resident_layers(engines, dense):
+    got = engines["of an actor"].result()
     assert "'Region'" in got.log
     check(got, dense, 2)
+
+
+def test_a_store_that_is_lost_over_and_over_ends_the_engine(engines):
+    with pytest.raises(AssertionError, match="The host store is lost for the 4th time") as caught:
+        engines["over and over"].result()
+    assert "look for what writes to this process's memory" in str(caught.value)
 
 
 def test_one_rank_of_two_loses_its_store(llama, dense):
     device = {"kv_cache_memory_bytes": 32 * BLOCK_BYTES, "tensor_parallel_size": 2}
     calls = {10: ["pages", 1], 60: ["head", 0]}
     check(serve(llama, env=on_two_cores(), **device, **lossy(calls)), dense, 2)
-
-
-def test_a_store_that_is_lost_over_and_over_ends_the_engine(llama):
-    calls = {step: ["head"] for step in (2, 4, 6, 8)}
-    with pytest.raises(AssertionError, match="The host store is lost for the 4th time") as caught:
-        serve(llama, **lossy(calls))
-    assert "look for what writes to this process's memory" in str(caught.value)
