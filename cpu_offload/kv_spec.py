@@ -30,6 +30,12 @@ class OffloadWindowSpec(SlidingWindowSpec):
 
     sink_blocks: int
 
+    @property
+    def num_retained_tokens(self) -> int:
+        """0: from 0.33 on vLLM's workers strike out a block table's entries below a window's
+        reach, the sink's among them, unless that is 0."""
+        return 0
+
     def max_admission_blocks_per_request(
         self, max_in_flight_tokens: int, max_model_len: int
     ) -> int:

@@ -21,13 +21,7 @@ BATCHES = [
 # Chunks that read the host's rows, sparsely and densely, steps that mix them with decodes, and a
 # prefix of a whole host page.
 LONG = prompt(600, 11)
-OFFLOADED = [
-    [prompt(10, 3)],
-    [LONG],
-    [LONG[:300] + prompt(150, 2), LONG[:520], prompt(90, 5)],
-    # 8 blocks each at most, of 31.
-    [prompt(250, seed) for seed in (6, 7, 9, 10)],
-]
+OFFLOADED = [[LONG], [LONG[:300] + prompt(150, 2), LONG[:520], prompt(90, 5)]]
 SIZES = {
     "max_tokens": 8, "max_num_batched_tokens": 256, "max_model_len": 512, "block_size": 32,
     "kv_cache_memory_bytes": 2 << 20,  # 32 pages of 32 tokens x 2 layers x 2 heads x 2 x 64 floats
@@ -92,6 +86,6 @@ def test_decode_over_host_memory(tmp_path):
     dense, ours = both(model, OFFLOADED, sparse, whole, **sizes)
     assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
     assert ours.tokens == dense.tokens
-    assert ours.cached[2] == [256, 512, 0]
+    assert ours.cached[1] == [256, 512, 0]
     [stats] = ours.stats
     assert stats["sparse_chunks"] > 3 and stats["dense_chunks"] > 3

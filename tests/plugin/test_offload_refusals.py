@@ -47,6 +47,7 @@ def test_dense_decode_has_no_connector(llama):
         ),
         ({}, {"kv_offloading_size": 1.0}, "--kv-offloading-size 1.0"),
         ({}, {"disable_hybrid_kv_cache_manager": True}, "--disable-hybrid-kv-cache-manager"),
+        ({}, {"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: host memory has rows in the"),
         (
             {},
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
