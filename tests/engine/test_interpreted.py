@@ -33,13 +33,13 @@ def model(tmp_path_factory):
     return save_llama(tmp_path_factory.mktemp("llama"), layers=2)
 
 
-def both(model, batches, sparse, dense=None, **engine):
+def both(model, batches, sparse, dense=None, runner=None, **engine):
     """(vLLM's own backend, ours); `dense` holds what the first is given in place of `SIZES`."""
 
     def interpreted(env):
         return run(
             model, batches, script=interpreted_engine.FILE,
-            env=env | interpreted_engine.ENVIRONMENT, attention_backend="sparse",
+            env=env | interpreted_engine.ENVIRONMENT | (runner or {}), attention_backend="sparse",
             additional_config={"sparse": {"coverage": 1.0, **sparse}}, **SIZES | engine,
         )  # fmt: skip
 
@@ -76,6 +76,7 @@ def test_speculated_tokens(model):
 
 
 def test_decode_over_host_memory(tmp_path):
+    """In the runner that GPUs get by default."""
     model = save_llama(tmp_path, layers=3)
     sparse = {
         "decode": "exact", "window": 64, "sink": 16, "resident_layers": [1], "host_gib": 0.1,
@@ -83,7 +84,9 @@ def test_decode_over_host_memory(tmp_path):
     }  # fmt: skip
     sizes = {"max_model_len": 1024, "max_num_batched_tokens": 128}
     whole = {"max_model_len": 1024, "kv_cache_memory_bytes": 8 << 20}
-    dense, ours = both(model, OFFLOADED, sparse, whole, **sizes)
+    runner = interpreted_engine.SECOND_RUNNER
+    dense, ours = both(model, OFFLOADED, sparse, whole, runner, **sizes)
+    assert "Using V2 Model Runner" in ours.log
     assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
     assert ours.tokens == dense.tokens
     assert ours.cached[1] == [256, 512, 0]
