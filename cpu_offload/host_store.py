@@ -96,6 +96,11 @@ class HostStore:
         self._free_slots = list(range(max_requests - 1, -1, -1))
         self.bytes_written = 0
 
+    @property
+    def pinned(self) -> bool:
+        """Whether the region is page-locked."""
+        return self._unpin is not None
+
     # Requests
 
     def open(self, request: str) -> int:

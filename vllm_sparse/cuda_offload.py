@@ -73,9 +73,9 @@ class CudaOffloadedLayer(OffloadedLayer):
             self.transfers.fetch(name, x[: starts[-1]])
             for name, x in (("key", key), ("value", value))
         ]
-        join = self._resident if self.resident else self._offloaded
+        launch = self._resident if self.resident else self._offloaded
         # What is launched runs while the host waits for the rows, and keeps them.
-        answer = join(batch, layer, query, key, value, kv_cache, metadata, output)
+        answer = launch(batch, layer, query, key, value, kv_cache, metadata, output)
         self.transfers.wait()
         self.host.append(self.number, batch.requests, starts, *rows)
         for one in answer:

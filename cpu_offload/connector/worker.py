@@ -8,6 +8,7 @@ from vllm.platforms import current_platform
 from vllm_sparse import log
 from vllm_sparse.config import SparseConfig
 from vllm_sparse.layer_names import layer_index
+from vllm_sparse.stats import STATS
 
 from .. import numa
 from ..actors import granted, spare_cpus
@@ -119,6 +120,8 @@ class WorkerSide:
                 pinned=current_platform.is_cuda(), **self.shape,
             )
         ]  # fmt: skip
+        if current_platform.is_cuda() and not pools[0].store.pinned:
+            STATS.fell_back("host_memory_not_page_locked")
         for x in resident:
             pools.append(Pool(layers=x.layers, host_bytes=self.pages * x.page_bytes, **self.shape))
         return pools

@@ -225,6 +225,7 @@ def test_rows_are_page_locked_until_the_store_is_closed(monkeypatch):
     made = pool(pinned=True)
     ((address, nbytes),) = runtime.held.items()
     part = made.part(0)
+    assert made.store.pinned
     assert address <= part.data_ptr() and part.data_ptr() + part.numel() <= address + nbytes
     del part
     made.shutdown()
@@ -241,6 +242,7 @@ def test_what_cannot_be_page_locked_is_said_and_serves(monkeypatch, caplog):
     made = pool(pinned=True)
     monkeypatch.undo()
     assert "is not page-locked (cudaHostRegister says 2" in caplog.text
+    assert not made.store.pinned
     slot = made.open("a")
     rows = torch.randn(3, KV_HEADS, SIZE).half()
     made.append(slot, 0, rows, -rows)
