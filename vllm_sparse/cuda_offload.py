@@ -56,7 +56,7 @@ class CudaOffloadedLayer(OffloadedLayer):
         kv_cache: torch.Tensor, metadata: SparseCudaMetadata, output: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
         """As the impl's."""
-        if self.host.step is None:  # vLLM tries the model out before it serves
+        if self.host.step is None:  # vLLM still tries the model out
             return output.zero_()
         given = (layer, query, key, value, kv_cache, metadata, output)
         return self.guarded(lambda: self._attend(*given), output)
@@ -171,6 +171,11 @@ class CudaOffloadedLayer(OffloadedLayer):
             out.copy_(kernels.merge(out, lse, *host)[0])
         else:
             out[far.rows] = kernels.merge(out[far.rows], lse[far.rows], *host)[0]
+
+
+def layer_of(impl: SparseCudaImpl, layer_name: str) -> CudaOffloadedLayer | None:
+    """The layer's part of the host stores; None while there are none."""
+    return CudaOffloadedLayer(impl, layer_name) if connector.is_made() else None
 
 
 def staging_of(impl: SparseCudaImpl, device: torch.device) -> Staging:

@@ -26,6 +26,12 @@ logger = log.get_logger(__name__)
 _WORKER: WorkerSide | None = None
 
 
+def is_made() -> bool:
+    """Whether this process has host stores: vLLM makes its connectors after it has measured what
+    memory the model takes."""
+    return _WORKER is not None
+
+
 def host() -> HostKV:
     """The host stores of this process."""
     assert _WORKER is not None, "the connector is made before the model runs"

@@ -183,14 +183,20 @@ def test_nothing_of_it_is_captured(layer, llama):
 def test_trial_runs_give_zeros(layer, monkeypatch):
     made = layer()
     host = SimpleNamespace(places={0: SimpleNamespace(store=0, layer=0)}, step=None, lost=None)
-    monkeypatch.setattr(cuda_offload.connector, "host", lambda: host, raising=False)
-    monkeypatch.setattr(cuda_offload.connector, "kv_cache_group", lambda name: 0, raising=False)
     query = torch.randn(3, HEADS, SIZE).half()
     metadata = SimpleNamespace(segments=[], decodes=False)
-    out = made.impl.forward(
-        made.layer, query, query, query, made.cache, metadata, torch.full_like(query, torch.nan)
-    )
-    assert not out.any()
+
+    def forward():
+        out = torch.full_like(query, torch.nan)
+        return made.impl.forward(made.layer, query, query, query, made.cache, metadata, out)
+
+    assert not forward().any()  # before the stores are there
+    assert made.impl.offload is None
+    for name, found in (("is_made", True), ("host", host), ("kv_cache_group", 0)):
+        monkeypatch.setattr(
+            cuda_offload.connector, name, lambda *a, found=found: found, raising=False
+        )
+    assert not forward().any()  # and before the first step
     assert host.settle == made.impl.staging.wait
 
 
