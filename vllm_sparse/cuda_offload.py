@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -97,7 +98,7 @@ class CudaOffloadedLayer(OffloadedLayer):
             if segment.decodes
         }
         self.transfers.launched()
-        far = [segment for segment, _ in parts if segment.far]
+        following = self._following([segment for segment, _ in parts if segment.far])
         answer = []
         for segment, rows in parts:
             if segment.decodes:
@@ -112,40 +113,38 @@ class CudaOffloadedLayer(OffloadedLayer):
                 continue
             new = (query[rows], key[rows], value[rows])
             if segment.far:
-                after = self._after(batch, far, far.index(segment))
-                self._prefill_far(batch, segment, after, layer, *new, output[rows])
+                self._prefill_far(batch, segment, layer, *new, output[rows])
+                if (after := next(following, None)) is not None:
+                    self.staging.ahead(self._host_rows(batch, *after))
             else:
                 self.impl.prefill(layer, segment, *new, kv_cache, output[rows])
         return answer
 
     def _prefill_far(
-        self, batch: Batch, segment: GpuSegment, after: Rows | None, layer, query, key, value, out
+        self, batch: Batch, segment: GpuSegment, layer, query, key, value, out
     ) -> None:
-        """A segment of which the device lacks rows; the copy of those for the next such call,
-        `after`, begins meanwhile."""
+        """A segment of which the device lacks rows."""
         cache = self.staging.take(self._host_rows(batch, segment, self.place.layer), key, value)
         table = self.staging.block_table[:, : -(-segment.seq_lens[0] // PAGE_ROWS)]
         where = replace(segment, metadata=replace(segment.metadata, block_table=table))
         self.impl.prefill(layer, where, query, key, value, cache, out)
-        if after is not None:
-            self.staging.ahead(after)
 
-    def _after(self, batch: Batch, far: list[GpuSegment], number: int) -> Rows | None:
-        """What the next call after the `number`th of this layer's takes; None: there is none."""
+    def _following(self, far: list[GpuSegment]) -> Iterator[tuple[GpuSegment, int]]:
+        """The segment and layer of the pool that are staged after each of this layer's segments
+        that lack rows, in order; nothing after the last layer's last."""
         mine = self.place.layer
-        if number + 1 < len(far):
-            return self._host_rows(batch, far[number + 1], mine)
-        if mine + 1 < self.host.pool.layout.layers:
-            return self._host_rows(batch, far[0], mine + 1)
-        return None
+        yield from ((segment, mine) for segment in far[1:])
+        if far and mine + 1 < self.host.pool.layout.layers:
+            yield far[0], mine + 1
 
     def _host_rows(self, batch: Batch, segment: GpuSegment, layer: int) -> Rows:
         """Those of a segment of one sequence, in a layer of the pool."""
         pool = self.host.pool
         slot = self.host.slots[batch.requests[segment.first]][self.place.store]
-        pages = pool.block_table([slot])[0].tolist()
         computed = segment.seq_lens[0] - segment.query_lens[0]
-        return Rows((batch.number, layer, slot), pool.part(layer), pages, computed)
+        return Rows(
+            (batch.number, layer, slot), pool.part(layer), pool.store.of(slot).pages, computed
+        )
 
     def _asking(self, batch: Batch, segment: GpuSegment, query: torch.Tensor, page: int) -> Asking:
         """Send to the host the queries [decodes, H, D] that it is to answer."""
