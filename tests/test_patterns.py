@@ -128,6 +128,13 @@ def test_bad_files_are_refused(tmp_path: Path, content: object, message: str):
     assert len(str(error.value)) < 1500
 
 
+def test_a_long_path_is_shown_whole(tmp_path: Path):
+    path = tmp_path / ("deep/" * 40) / "patterns.json"
+    with pytest.raises(PatternError, match="cannot be read") as error:
+        PatternFile.load(path)
+    assert repr(str(path)) in str(error.value)
+
+
 def test_text_of_a_file_is_quoted_and_shortened():
     evil = "\x1b[31m" + "x" * 10_000
     with pytest.raises(PatternError) as error:

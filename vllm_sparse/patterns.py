@@ -213,7 +213,7 @@ class PatternFile(_Strict):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PatternFile:
         """Read and validate a file; PatternError names the file, the field and what is allowed."""
-        where = f"pattern file {shown(os.fspath(path))}"
+        where = f"pattern file {whole(path)}"
         strict = {"object_pairs_hook": _unique, "parse_constant": _no_constant}
         return cls.parse(read_json(path, where, levels=4, **strict), where)
 
@@ -299,6 +299,11 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of {len(value)}"
     text = ascii(value) if not isinstance(value, int) or abs(value) < 1 << 63 else "a huge number"
     return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+
+
+def whole(path: str | os.PathLike[str]) -> str:
+    """A path or name that the user gave, for a message: quoted, ASCII, however long it is."""
+    return ascii(os.fspath(path))
 
 
 def _explain(error: ValidationError) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import quick_interpreter
 import torch
 from cases import Case
 
@@ -13,6 +14,8 @@ from vllm_sparse.kernels.block_indices import BlockIndices
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
+if not HAS_GPU:
+    quick_interpreter.install()
 
 FLOAT16 = pytest.param(torch.float16, id="fp16")
 BFLOAT16 = pytest.param(

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import quick_interpreter
 from engine_run import _generate
 
 FILE = Path(__file__)
@@ -88,4 +89,5 @@ if __name__ == "__main__":
     if SECOND_RUNNER.items() <= os.environ.items():
         claim_triton()
     stand_in()
+    quick_interpreter.install()
     print("RESULT " + json.dumps(_generate(json.load(sys.stdin))), flush=True)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_sparse.errors import UserError
-from vllm_sparse.patterns import ModelInfo, shown
+from vllm_sparse.patterns import ModelInfo, shown, whole
 
 NAME = "vllm_sparse_capture"
 ROWS = 1024  # query rows of a sliding-window layer that are computed at a time
@@ -75,7 +75,7 @@ def load_model(name: str, *, device: str = "cpu", dtype: str | None = None) -> t
         model = model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         said = " ".join(str(error).split())[:300]
-        raise ModelError(f"model {shown(name)} cannot be loaded: {said}") from error
+        raise ModelError(f"model {whole(name)} cannot be loaded: {said}") from error
     return model
 
 
@@ -100,7 +100,7 @@ def config_info(name: str) -> ModelInfo:
         config = transformers.AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         said = " ".join(str(error).split())[:300]
-        raise ModelError(f"config of {shown(name)} cannot be loaded: {said}") from error
+        raise ModelError(f"config of {whole(name)} cannot be loaded: {said}") from error
     return _info(config, name)
 
 
@@ -110,7 +110,7 @@ def _info(config: Any, name: str) -> ModelInfo:
     layers = getattr(config, "num_hidden_layers", None)
     if not heads or not layers:
         raise ModelError(
-            f"model {shown(name)}: its config names no num_attention_heads or num_hidden_layers; "
+            f"model {whole(name)}: its config names no num_attention_heads or num_hidden_layers; "
             "give a decoder with ordinary attention"
         )
     return ModelInfo(

@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_sparse.errors import UserError
 from vllm_sparse.files import write_whole
-from vllm_sparse.patterns import shown
+from vllm_sparse.patterns import shown, whole
 
 from .cost import Costs
 from .evaluate import Scores
@@ -42,7 +42,7 @@ class Checkpoint:
                 before = None
             if not isinstance(before, dict):
                 raise ResumeError(
-                    f"{shown(str(known))} is no checkpoint of a search; start anew without --resume"
+                    f"{whole(known)} is no checkpoint of a search; start anew without --resume"
                 )
             names = sorted(before.keys() | settings.keys())
             if other := [n for n in names if before.get(n) != settings.get(n)]:

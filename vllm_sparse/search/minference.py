@@ -23,6 +23,7 @@ from vllm_sparse.patterns import (
     PatternFile,
     read_json,
     shown,
+    whole,
 )
 
 LEAST_VERTICAL, LEAST_SLASH = 30, 50
@@ -39,7 +40,7 @@ def convert(path: str | os.PathLike[str], model: ModelInfo | None = None) -> Pat
     Raises:
         PatternError: the file is none of theirs, or of another model; says which entry and why.
     """
-    where = f"file {shown(os.fspath(path))}"
+    where = f"file {whole(path)}"
     data = read_json(path, where, levels=3)
     if not isinstance(data, list) or not data or not all(isinstance(x, dict) for x in data):
         raise PatternError(

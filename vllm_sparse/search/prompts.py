@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from vllm_sparse.errors import UserError
-from vllm_sparse.patterns import shown
+from vllm_sparse.patterns import whole
 
 MIN_TOKENS = 256  # below it nothing is left to choose
 MAX_TEXT_BYTES = 64 << 20
@@ -49,7 +49,7 @@ def load_tokenizer(name: str) -> Any:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as error:
         said = " ".join(str(error).split())[:300]
-        raise PromptError(f"tokenizer of {shown(name)} cannot be loaded: {said}") from error
+        raise PromptError(f"tokenizer of {whole(name)} cannot be loaded: {said}") from error
 
 
 def text_prompts(files: Sequence[Path], tokenizer: Any, length: int) -> list[Prompt]:
@@ -66,18 +66,18 @@ def text_prompts(files: Sequence[Path], tokenizer: Any, length: int) -> list[Pro
             text = data.decode()
         except OSError as error:
             raise PromptError(
-                f"prompt {shown(str(file))} cannot be read: {error.strerror or error}"
+                f"prompt {whole(file)} cannot be read: {error.strerror or error}"
             ) from error
         except UnicodeDecodeError as error:
-            raise PromptError(f"prompt {shown(str(file))} is not UTF-8 text: {error}") from error
+            raise PromptError(f"prompt {whole(file)} is not UTF-8 text: {error}") from error
         if len(data) > MAX_TEXT_BYTES:
             raise PromptError(
-                f"prompt {shown(str(file))} is over {MAX_TEXT_BYTES >> 20} MiB, the most allowed"
+                f"prompt {whole(file)} is over {MAX_TEXT_BYTES >> 20} MiB, the most allowed"
             )
         ids = list(tokenizer(text)["input_ids"])
         if len(ids) < MIN_TOKENS:
             raise PromptError(
-                f"prompt {shown(str(file))} has {len(ids)} tokens; give {MIN_TOKENS} or more"
+                f"prompt {whole(file)} has {len(ids)} tokens; give {MIN_TOKENS} or more"
             )
         if len(ids) > length:
             ids = ids[: length - length // 2] + ids[-(length // 2) :]
