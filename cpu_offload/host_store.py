@@ -300,9 +300,7 @@ class HostStore:
 
     def scales(self, layer: int) -> torch.Tensor:
         """fp32 [pages, kv_heads, page_rows, 2], a view."""
-        at = self.layout
-        part = self.part(layer)[:, at.rows_bytes :][:, : at.kv_heads * at.page_rows * 8]
-        return part.view(torch.float32).unflatten(1, (at.kv_heads, at.page_rows, 2))
+        return self.layout.scales(self.part(layer))
 
     def read(self, slot: int, layer: int, first: int, last: int) -> tuple[torch.Tensor, ...]:
         request, size = self.of(slot), self.layout.page_rows

@@ -97,6 +97,18 @@ class Layout:
         rows = part[:, : self.rows_bytes].view(self.dtype)
         return rows.unflatten(1, (self.kv_heads, self.page_rows, 2, self.head_size))
 
+    def scales(self, part: torch.Tensor) -> torch.Tensor:
+        """The scales of int8 rows in pages of one layer, as `rows`: a view
+        fp32 [pages, kv_heads, page_rows, 2]."""
+        shape = (self.kv_heads, self.page_rows, 2)
+        nbytes = 4 * torch.Size(shape).numel()
+        scales = part[:, self.rows_bytes : self.rows_bytes + nbytes].view(torch.float32)
+        return scales.unflatten(1, shape)
+
+    def unpack(self, part: torch.Tensor, into: torch.Tensor) -> None:
+        """What int8 rows in pages of one layer stand for, as `rows`, in the dtype of `into`."""
+        torch.mul(self.rows(part), self.scales(part)[..., None], out=into)
+
     def pages(self, host_bytes: int) -> int:
         """How many fit.
 

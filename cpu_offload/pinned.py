@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 logger = logging.getLogger("vllm_sparse.offload")
 
 
-def pin(address: int, nbytes: int) -> Callable[[], None] | None:
+def pin(address: int, nbytes: int) -> Callable[[], object] | None:
     """Page-lock memory for the current GPU; returns what undoes it, to be called before the memory
     is given back. None, and a line in the log, where the system refuses: copies are right then, and
     slower."""
     runtime = torch.cuda.cudart()
     code = int(runtime.cudaHostRegister(address, nbytes, 0))
     if code == 0:
-        return lambda: _unpin(runtime, address)
+        return partial(runtime.cudaHostUnregister, address)
     with contextlib.suppress(RuntimeError):
         torch.zeros(1, device="cuda")  # reports the error, which would be another call's else
     logger.warning(
@@ -26,7 +27,3 @@ def pin(address: int, nbytes: int) -> Callable[[], None] | None:
         "be too low): copies from it to the GPU are slower", nbytes / 2**30, code,
     )  # fmt: skip
     return None
-
-
-def _unpin(runtime, address: int) -> None:
-    runtime.cudaHostUnregister(address)

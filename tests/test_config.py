@@ -32,6 +32,7 @@ def test_defaults(nothing):
         "sampler_options": (),
         "resident_layers": (0,),
         "host_gib": None,
+        "host_dtype": "auto",
     }
     assert not config.offloads
 
@@ -115,6 +116,8 @@ def test_text_from_the_command_line(key, value, expected):
         ("actors", True, "a whole number from 0"),
         ("host_gib", float("inf"), "a number above 0"),
         ("host_gib", True, "a number above 0"),
+        ("host_dtype", "fp8", '"auto" (the model\'s) or "int8"'),
+        ("host_dtype", None, '"auto" (the model\'s) or "int8"'),
         ("resident_layers", [-1], "a list of layer numbers from 0"),
         ("softmax", None, '"online", "lazy" or "unified"'),
         ("dense_layers", [-1], "a list of layer numbers from 0"),

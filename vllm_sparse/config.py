@@ -30,6 +30,7 @@ ALLOWED = {
     "sampler_options": 'an object with options of the sampler, such as {"share": 0.05}',
     "resident_layers": "a list of layer numbers from 0, whose keys and values stay on the device",
     "host_gib": "a number above 0: GiB of host memory for keys and values, or null to choose",
+    "host_dtype": '"auto" (the model\'s) or "int8": how host memory has keys and values',
 }
 SAMPLED = ("lsh", "vattention", "topk")
 
@@ -58,6 +59,7 @@ class SparseConfig(BaseModel):
     sampler_options: tuple[tuple[str, float], ...] = ()  # by name; pairs, as it has to be hashable
     resident_layers: tuple[int, ...] = (0,)
     host_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
+    host_dtype: Literal["auto", "int8"] = "auto"
 
     @property
     def offloads(self) -> bool:

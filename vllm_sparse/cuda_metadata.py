@@ -106,7 +106,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
         self.page = kv_cache_spec.block_size
         self.sharing = next(iter(counters)).sharing if self.counts and counters else None
-        self.offloads = SparseConfig.from_additional_config(vllm_config.additional_config).offloads
+        self.offloads = any(impl.config.offloads for impl in impls)
         self.room = None
         if (members := max(impl.members for impl in impls)) > 1:
             graphs = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
@@ -194,10 +194,10 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
     def _sequences(
         self, common: CommonAttentionMetadata, starts: list[int], seq_lens: list[int]
     ) -> Sequences:
-        """Waits for the device, once a step: it alone has the blocks' numbers."""
-        ends = torch.tensor([[max(n - 1, 0) // self.page] for n in seq_lens], dtype=torch.int64)
-        table = common.block_table_tensor[: len(seq_lens)]
-        tails = table.gather(1, ends.to(table.device)).flatten().tolist()
+        """Waits for the device, once a step."""
+        from .offload import last_blocks
+
+        tails = last_blocks(common.block_table_tensor, seq_lens, self.page)
         return Sequences(starts[: len(seq_lens) + 1], tails)
 
     def _lacks_rows(self, computed: int) -> bool:

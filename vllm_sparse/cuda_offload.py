@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import kernels
 from .config import SparseConfig
 from .cpu_offload import connector
 from .cpu_offload.layout import PAGE_ROWS, Layout
 from .kernels import cpu
-from .offload import Batch, Near, OffloadedLayer
+from .offload import Batch, Near, OffloadedLayer, merge_rows
 from .planner import device_break_even
 from .staging import Rows, Staging
 from .transfers import shared_transfers
@@ -157,19 +156,15 @@ class CudaOffloadedLayer(OffloadedLayer):
 
     def _answer(self, asking: Asking, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge what the host has into the device's part: out [decodes, H, D] and its lse."""
-        far, shape = asking.near.far, asking.q.shape
-        ticket = self.ask(far, asking.q)
+        shape = asking.q.shape
+        ticket = self.ask(asking.near.far, asking.q)
         host = [
             self.transfers.buffer("out", shape, torch.float32),
             self.transfers.buffer("lse", shape[:2], torch.float32),
         ]
         self.collect(ticket, *host)
         host = [self.transfers.send(x) for x in host]
-        out = out.view(len(out), *shape[1:])
-        if len(far.rows) == len(out):
-            out.copy_(kernels.merge(out, lse, *host)[0])
-        else:
-            out[far.rows] = kernels.merge(out[far.rows], lse[far.rows], *host)[0]
+        merge_rows(out.view(len(out), *shape[1:]), lse, asking.near.far.rows, *host)
 
 
 def layer_of(impl: SparseCudaImpl, layer_name: str) -> CudaOffloadedLayer | None:
@@ -188,17 +183,17 @@ def _staging(
     config: SparseConfig, kv_heads: int, head_size: int, dtype: torch.dtype, longest: int,
     device: torch.device,
 ) -> Staging:  # fmt: skip
-    sampling = connector.sampling_of(config)
+    sampling, kept = connector.sampling_of(config), connector.host_dtype(config, dtype)
     layout = Layout(
-        1, kv_heads, head_size, dtype, PAGE_ROWS, sampling.sketched, sampling.hash_tables
+        1, kv_heads, head_size, kept, PAGE_ROWS, sampling.sketched, sampling.hash_tables
     )
-    return Staging(layout, longest, device)
+    return Staging(layout, longest, dtype, device)
 
 
 def settle(impl: SparseCudaImpl, device: torch.device) -> None:
     """Give the kernels of the host their threads, and compile what prompts launch over its
     pages."""
-    size_pool(connector.ranks())
+    give_threads(connector.ranks())
     if not impl.always_dense:
         shape = (impl.dtype, impl.head_size, impl.num_heads, impl.num_kv_heads)
         _compile(*shape, device, impl.config.mean_correction, impl.sinks is not None)
@@ -216,7 +211,7 @@ def _compile(
 
 
 @functools.cache
-def size_pool(ranks: int) -> int:
+def give_threads(ranks: int) -> int:
     """Give the kernels' pool this rank's share of the machine's cores, less one for what else vLLM
     runs there; how many."""
     threads = max(len(os.sched_getaffinity(0)) // ranks - 1, 1)

@@ -21,6 +21,7 @@ from .cpu_offload.mirror import HostKV, Place
 from .cpu_offload.tickets import Ticket
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
+from .unpacked import shared_unpacked
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Batch:
 
     requests: list[str]  # of each sequence
     near: dict[int, Near] = field(default_factory=dict)  # by the first of the sequences
-    segments: dict[int, Segment] = field(default_factory=dict)
+    # Over host pages, and which of them are unpacked for it.
+    segments: dict[int, tuple[Segment, list[int]]] = field(default_factory=dict)
     number: int = field(default_factory=itertools.count().__next__)  # no other has it
 
 
@@ -80,8 +82,7 @@ class OffloadedLayer:
     ) -> Batch:
         """Mirror the step's rows [T, Hkv, D]; `page` is the size of a device block, in rows."""
         if metadata.batch is None:
-            ends = [(n - 1) // page for n in metadata.seq_lens]
-            tails = [int(metadata.block_table[i, end]) for i, end in enumerate(ends)]
+            tails = last_blocks(metadata.block_table, metadata.seq_lens, page)
             metadata.batch = Batch(self.host.requests(self.group, tails))
         batch: Batch = metadata.batch
         self.host.append(self.number, batch.requests, metadata.starts, key, value)
@@ -104,10 +105,10 @@ class OffloadedLayer:
             **softmax,
         )  # fmt: skip
         if asked is not None:
-            rows = near.far.rows
-            answer = torch.empty(asked.q.shape, dtype=torch.float32), torch.empty_like(lse[rows])
+            shape = asked.q.shape
+            answer = [torch.empty(x, dtype=torch.float32) for x in (shape, shape[:2])]
             self.collect(asked, *answer)
-            out[rows], _ = kernels.merge(out[rows], lse[rows], *answer)
+            merge_rows(out, lse, near.far.rows, *answer)
 
     def ask(self, far: Far, q: torch.Tensor) -> Ticket:
         """Have the pool attend for q [F, H, D] to the rows that the device lacks."""
@@ -127,12 +128,21 @@ class OffloadedLayer:
         """A prefill segment over the host's pages, and the keys and values [pages, Hkv, rows, D]
         there."""
         pool = self.host.pool
+        packed = pool.layout.dtype == torch.int8
         key = (segment.first << 1) | segment.sparse
         if key not in batch.segments:
             who = batch.requests[segment.first : segment.first + len(segment.query_lens)]
             table = pool.block_table([self.host.slots[r][self.place.store] for r in who])
-            batch.segments[key] = replace(segment, block_table=table)
-        return batch.segments[key], *pool.prefill_view(self.place.layer)
+            pages = []
+            if packed:  # tables of the pages that are unpacked
+                there, table = table.unique(return_inverse=True)
+                pages, table = there.tolist(), table.int()
+            batch.segments[key] = replace(segment, block_table=table), pages
+        segment, pages = batch.segments[key]
+        if packed:
+            part, unpacked = pool.part(self.place.layer), shared_unpacked(pool.dtype)
+            return segment, *unpacked.fill(pool.layout, part, pages)
+        return segment, *pool.prefill_view(self.place.layer)
 
     def near(
         self, batch: Batch, first: int, lengths: Sequence[int], block_table: torch.Tensor,
@@ -172,6 +182,27 @@ class OffloadedLayer:
             [sink * page] * len(gone), [begins[i] * page for i in gone],
         )  # fmt: skip
         return Near(block_table.gather(1, numbers), there.to(on), far if gone else None)
+
+
+def merge_rows(
+    out: torch.Tensor, lse: torch.Tensor, rows: torch.Tensor, answer: torch.Tensor,
+    answer_lse: torch.Tensor,
+) -> None:  # fmt: skip
+    """Merge what the host answered, [F, H, D] and fp32 [F, H], into those rows of the device's
+    out [decodes, H, D], whose lse is fp32 [decodes, H]."""
+    if len(rows) == len(out):
+        out.copy_(kernels.merge(out, lse, answer, answer_lse)[0])
+    else:
+        out[rows] = kernels.merge(out[rows], lse[rows], answer, answer_lse)[0]
+
+
+def last_blocks(block_table: torch.Tensor, lengths: Sequence[int], page: int) -> list[int]:
+    """The block [S] that each sequence of `lengths` rows ends in; block_table: int32 [S, P].
+
+    The blocks' numbers may be the device's alone: then this waits for it.
+    """
+    ends = torch.tensor([[max(n - 1, 0) // page] for n in lengths], dtype=torch.int64)
+    return block_table[: len(lengths)].gather(1, ends.to(block_table.device)).flatten().tolist()
 
 
 def first_block(length: int, window: int, page: int) -> int:

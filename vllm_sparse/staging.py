@@ -50,9 +50,12 @@ class Staging:
     Args:
         layout: of the host pages, whose bytes are taken over as they are.
         longest: the most rows of a request.
+        dtype: the model's; rows that the host has as int8 are unpacked into one room more.
     """
 
-    def __init__(self, layout: Layout, longest: int, device: torch.device) -> None:
+    def __init__(
+        self, layout: Layout, longest: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.layout, self.device = layout, device
         pages = -(-longest // layout.page_rows)
         with torch.inference_mode(False):  # it outlives the step
@@ -61,6 +64,10 @@ class Staging:
                 Room(x) for x in torch.empty(shape, dtype=torch.uint8, device=device).unbind()
             ]
             self.block_table = torch.arange(pages, dtype=torch.int32, device=device)[None]
+            self._unpacked = None
+            if layout.dtype != dtype:
+                rows = layout.rows(self._rooms[0].bytes)
+                self._unpacked = torch.empty(rows.shape, dtype=dtype, device=device)
         self._stream = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)
@@ -76,7 +83,7 @@ class Staging:
 
     def take(self, rows: Rows, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """A cache [pages, Hkv, page, 2 D] with a request's rows, for what is launched from now on
-        and until the call after the next.
+        and until the call after the next, or the next where rows are unpacked.
 
         Args:
             rows: from the host, copied before by `ahead` or now.
@@ -92,7 +99,12 @@ class Staging:
             current.wait_event(room.filled)
             # Whatever reads the other room was launched before.
             self._rooms[0].used.record(current)
-        cache = self.layout.rows(room.bytes).flatten(3)
+        if self._unpacked is None:
+            cache = self.layout.rows(room.bytes).flatten(3)
+        else:
+            pages = -(-rows.count // self.layout.page_rows)
+            self.layout.unpack(room.bytes[:pages], self._unpacked[:pages])
+            cache = self._unpacked.flatten(3)
         slots = torch.arange(rows.count, rows.count + len(key), device=self.device)
         kernels.write_kv(key, value, *halves(cache, self.layout.head_size), slots)
         return cache

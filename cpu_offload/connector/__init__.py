@@ -10,6 +10,7 @@ from importlib import import_module
 _EXPORTS = {
     "SparseOffloadConnector": "base",
     "host": "worker",
+    "host_dtype": "install",
     "is_made": "worker",
     "kv_cache_group": "worker",
     "ranks": "worker",

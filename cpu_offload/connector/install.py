@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.config import KVTransferConfig
 
 from vllm_sparse.config import SECTION, SparseConfig
@@ -49,6 +50,11 @@ def sampling_of(config: SparseConfig) -> Sampling:
         raise ValueError(f'{SECTION}["sampler_options"]: {error}') from None
 
 
+def host_dtype(config: SparseConfig, dtype: torch.dtype) -> torch.dtype:
+    """How the host keeps rows of layers that are offloaded, of a model in `dtype`."""
+    return torch.int8 if config.host_dtype == "int8" else dtype
+
+
 def refusals(vllm_config, config: SparseConfig) -> list[str]:
     """What is in the way, each with what to do."""
     found = []
@@ -66,8 +72,8 @@ def refusals(vllm_config, config: SparseConfig) -> list[str]:
         )
     if str(getattr(cache, "cache_dtype", "auto")).startswith("fp8"):
         found.append(
-            f"--kv-cache-dtype {cache.cache_dtype}: host memory has rows in the model's dtype; "
-            "leave it at auto"
+            f"--kv-cache-dtype {cache.cache_dtype}: host memory has rows in the model's dtype, "
+            "or as int8 with host_dtype; leave it at auto"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         found.append(

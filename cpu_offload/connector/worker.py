@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.platforms import current_platform
 
@@ -17,7 +18,7 @@ from ..layout import Layout
 from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
 from ..step import Step
-from .install import sampling_of
+from .install import host_dtype, sampling_of
 from .metrics import OffloadStats
 from .sizing import GIB, store_pages
 
@@ -68,9 +69,14 @@ class WorkerSide:
         self.rank = get_tensor_model_parallel_rank()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
         sampling = sampling_of(config)
-        rows = spec.num_kv_heads, spec.head_size, spec.dtype, PAGE_ROWS
-        layouts = [Layout(len(offloaded), *rows, sampling.sketched, sampling.hash_tables)]
-        layouts += [Layout(len(resident), *rows)] if resident else []
+        shape, kept = (spec.num_kv_heads, spec.head_size), host_dtype(config, spec.dtype)
+        layouts = [
+            Layout(
+                len(offloaded), *shape, kept, PAGE_ROWS, sampling.sketched, sampling.hash_tables
+            )
+        ]  # fmt: skip
+        # What the device has whole is not rounded, when a request comes again either.
+        layouts += [Layout(len(resident), *shape, spec.dtype, PAGE_ROWS)] if resident else []
         page_bytes = sum(layout.page_bytes for layout in layouts)
         pages = store_pages(
             config.host_gib,
@@ -97,11 +103,12 @@ class WorkerSide:
         mirror = others[0] if others else None
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
         logger.info(
-            "Host store: %.2f GiB for %d tokens of %d layers, decode %s by %s; the device keeps a "
-            "sink of %d tokens and a window of %d%s",
+            "Host store: %.2f GiB for %d tokens of %d layers%s, decode %s by %s; the device keeps "
+            "a sink of %d tokens and a window of %d%s",
             pages * page_bytes / GIB,
             pages * PAGE_ROWS,
             len(self.layers),
+            " as int8" if kept == torch.int8 else "",
             config.decode,
             readers(config, len(self.cpus) if self.cpus else config.actors),
             config.sink,
@@ -119,7 +126,8 @@ class WorkerSide:
         config, cpus = self.config, self.cpus
         pools = [
             Pool(
-                layers=offloaded.layers, host_bytes=self.pages * offloaded.page_bytes,
+                layers=offloaded.layers, kv_dtype=offloaded.dtype,
+                host_bytes=self.pages * offloaded.page_bytes,
                 sampler=config.decode, rows=config.rows,
                 sampler_options=dict(config.sampler_options), kind=pool_kind(config),
                 actors=len(cpus) if cpus else max(config.actors, 1), cpus=cpus,

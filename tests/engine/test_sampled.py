@@ -27,6 +27,7 @@ ACTORS = {"lsh": ({"actors": 1}, "cpu_offload.worker")}
 if actor.is_installed():
     ACTORS["topk"] = ({"actors": 1, "ray": True}, "OffloadActor")
 RANKS = {"vattention": 2}
+DTYPES = {"vattention": "int8"}  # of the host's rows
 
 QUESTIONS = [
     needle_prompt(LENGTH, depth, seed=i, distractors=2, words=WORDS)
@@ -59,7 +60,8 @@ def served(request, lean) -> tuple[str, Steps]:
     actors, killed = ACTORS.get(request.param, ({}, ""))
     settings = {
         "decode": request.param, "window": 256, "rows": ROWS, "resident_layers": [],
-        "break_even": 2048, "host_gib": 0.25, **actors,
+        "break_even": 2048, "host_gib": 0.25, "host_dtype": DTYPES.get(request.param, "auto"),
+        **actors,
     }  # fmt: skip
     ranks = RANKS.get(request.param, 1)
     steps = run_steps(
@@ -94,6 +96,7 @@ def test_a_crowd_is_answered_from_samples(served):
     stats = steps.stats
     assert 0 < stats["rows_read"] < 0.2 * stats["rows_there"]
     assert 0.24 * 2**30 < stats["host_bytes"] <= 0.25 * 2**30  # what samplers know included
+    assert ("tokens of 4 layers as int8, decode" in steps.log) == (sampler in DTYPES)
     if sampler in ACTORS:
         assert crowd.killed
         assert stats["restarts"] == len(crowd.killed)

@@ -42,7 +42,7 @@ def test_runs_are_the_pages_in_few_copies(pages):
 @pytest.mark.parametrize("first, new", [(0, 5), (31, 1), (32, 40), (50, 30), (80, 16)])
 def test_staged_rows_are_the_hosts_and_the_new_ones(first, new, sketched):
     layout = Layout(3, KV_HEADS, SIZE, torch.float16, page_rows=32, sketched=sketched)
-    staging = Staging(layout, 96, CPU)
+    staging = Staging(layout, 96, torch.float16, CPU)
     for room in staging._rooms:
         room.bytes.fill_(0xFF)  # NaN
     part = torch.randint(0, 60, (7, layout.part_bytes), dtype=torch.uint8)
@@ -57,9 +57,31 @@ def test_staged_rows_are_the_hosts_and_the_new_ones(first, new, sketched):
         assert torch.equal(rows.transpose(0, 1), torch.cat([old[:, :, name], fresh]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("first, new", [(0, 5), (31, 1), (32, 40), (50, 30)])
+def test_int8_rows_are_unpacked(first, new, dtype):
+    layout = Layout(3, KV_HEADS, SIZE, torch.int8, page_rows=32, sketched=True)
+    staging = Staging(layout, 96, dtype, CPU)
+    for room in staging._rooms:
+        room.bytes.fill_(0xFF)  # scales that are NaN
+    part = torch.randint(0, 256, (7, layout.part_bytes), dtype=torch.uint8)
+    layout.scales(part).copy_(torch.rand(7, KV_HEADS, 32, 2))
+    pages = [5, 2, 3]
+    key, value = torch.randn(2, new, KV_HEADS, SIZE).to(dtype)
+    names = ["a", "b"]
+    for name in names:  # the second came ahead
+        cache = staging.take(Rows(name, part, pages, first), key, value)
+        staging.ahead(Rows("b", part, pages, first))
+        meant = (layout.rows(part).float() * layout.scales(part)[..., None])[pages]
+        old = meant.transpose(1, 2).flatten(0, 1)[:first].to(dtype)  # [first, Hkv, 2, D]
+        for got, which, fresh in zip(halves(cache, SIZE), (0, 1), (key, value), strict=True):
+            rows = gather_keys(got, staging.block_table[0], first + new)
+            assert torch.equal(rows.transpose(0, 1), torch.cat([old[:, :, which], fresh]))
+
+
 def test_rooms_take_turns_and_what_was_copied_ahead_is_not_copied_again():
     layout = Layout(1, KV_HEADS, SIZE, torch.float16, page_rows=32)
-    staging = Staging(layout, 64, CPU)
+    staging = Staging(layout, 64, torch.float16, CPU)
     part = torch.zeros(2, layout.part_bytes, dtype=torch.uint8)
     none = torch.empty(0, KV_HEADS, SIZE).half()
 
