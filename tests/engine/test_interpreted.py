@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import interpreted_engine
 import pytest
 from engine_run import prompt, run
@@ -75,20 +77,46 @@ def test_speculated_tokens(model):
     assert stats["decode_rows"] > 2 * (SIZES["max_tokens"] - 1)  # more than one a step
 
 
-def test_decode_over_host_memory(tmp_path):
-    """In the runner that GPUs get by default."""
-    model = save_llama(tmp_path, layers=3)
+@pytest.fixture(scope="module")
+def deeper(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("deeper"), layers=3)
+
+
+# Of the peer: vLLM's own backend with all keys on the device.
+WHOLE = {"max_model_len": 1024, "kv_cache_memory_bytes": 8 << 20}
+
+
+def over_host_memory(model, peer, **settings):
+    """(the peer, ours) in the runner that GPUs get by default."""
     sparse = {
         "decode": "exact", "window": 64, "sink": 16, "resident_layers": [1], "host_gib": 0.1,
-        "break_even": 400,
+        "break_even": 400, **settings,
     }  # fmt: skip
     sizes = {"max_model_len": 1024, "max_num_batched_tokens": 128}
-    whole = {"max_model_len": 1024, "kv_cache_memory_bytes": 8 << 20}
-    runner = interpreted_engine.SECOND_RUNNER
-    dense, ours = both(model, OFFLOADED, sparse, whole, runner, **sizes)
+    if peer is None:  # the CPU's backend, with the same settings
+        peer = WHOLE | {
+            "block_size": None, "kv_cache_memory_bytes": 16 << 20, "attention_backend": "sparse",
+            "additional_config": {"sparse": {"coverage": 1.0, **sparse}},
+        }  # fmt: skip
+    peer, ours = both(model, OFFLOADED, sparse, peer, interpreted_engine.SECOND_RUNNER, **sizes)
     assert "Using V2 Model Runner" in ours.log
+    assert ours.cached[1] == [256, 512, 0]
+    return peer, ours
+
+
+def test_decode_over_host_memory(deeper):
+    dense, ours = over_host_memory(deeper, WHOLE)
     assert len({t for batch in dense.tokens for tokens in batch for t in tokens}) > 20
     assert ours.tokens == dense.tokens
-    assert ours.cached[1] == [256, 512, 0]
     [stats] = ours.stats
     assert stats["sparse_chunks"] > 3 and stats["dense_chunks"] > 3
+
+
+def test_int8_rows_in_host_memory(deeper):
+    """As on a CPU, for as long as it does not matter that a GPU does not round a chunk's own rows
+    while it reads them."""
+    cpu, ours = over_host_memory(deeper, None, host_dtype="int8")
+    for log in (cpu.log, ours.log):
+        assert "tokens of 3 layers as int8, decode exact" in log
+    for got, want in zip(chain(*ours.tokens), chain(*cpu.tokens), strict=True):
+        assert got[:4] == want[:4]
