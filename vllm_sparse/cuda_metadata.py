@@ -106,7 +106,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         self.reporter = Reporter(STATS, logger, settle=[c.settle for c in counters])
         self.page = kv_cache_spec.block_size
         self.sharing = next(iter(counters)).sharing if self.counts and counters else None
-        self.offloads = any(impl.config.offloads for impl in impls)
+        self.offloads = SparseConfig.from_additional_config(vllm_config.additional_config).offloads
         self.room = None
         if (members := max(impl.members for impl in impls)) > 1:
             graphs = vllm_config.compilation_config.cudagraph_capture_sizes or [0]
