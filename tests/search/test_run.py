@@ -105,16 +105,7 @@ def test_a_killed_search_goes_on_to_the_same_file(found, plain: Path, home: Path
     assert len(list(folder.glob("prompt-*.json"))) == done
     resumed = search(home, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    got, want = (json.loads(file.read_text()) for file in (out, found[0]))
-    # Torch's products may differ in their last bits between processes: in one of 20 runs an error
-    # of 2.410e-05 was 2.428e-05.
-    for name, rows in got.pop("measured").items():
-        wanted = want["measured"].pop(name)
-        assert len(rows) == len(wanted)
-        for row, its in zip(rows, wanted, strict=True):
-            assert row == pytest.approx(its, rel=0.02, abs=1e-7), name
-    assert want.pop("measured") == {}
-    assert got == want
+    assert out.read_bytes() == found[0].read_bytes()
     assert not folder.exists()
 
 
