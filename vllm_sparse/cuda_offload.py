@@ -17,7 +17,7 @@ import torch
 
 from .config import SparseConfig
 from .cpu_offload import connector
-from .cpu_offload.layout import PAGE_ROWS, Layout
+from .cpu_offload.layout import PAGE_ROWS
 from .kernels import cpu
 from .offload import Batch, Near, OffloadedLayer, merge_rows
 from .planner import device_break_even
@@ -183,10 +183,7 @@ def _staging(
     config: SparseConfig, kv_heads: int, head_size: int, dtype: torch.dtype, longest: int,
     device: torch.device,
 ) -> Staging:  # fmt: skip
-    sampling, kept = connector.sampling_of(config), connector.host_dtype(config, dtype)
-    layout = Layout(
-        1, kv_heads, head_size, kept, PAGE_ROWS, sampling.sketched, sampling.hash_tables
-    )
+    layout = connector.layout_of(config, 1, kv_heads, head_size, dtype)
     return Staging(layout, longest, dtype, device)
 
 

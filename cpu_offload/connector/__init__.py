@@ -10,11 +10,10 @@ from importlib import import_module
 _EXPORTS = {
     "SparseOffloadConnector": "base",
     "host": "worker",
-    "host_dtype": "install",
     "is_made": "worker",
     "kv_cache_group": "worker",
+    "layout_of": "install",
     "ranks": "worker",
-    "sampling_of": "install",
 }
 
 __all__ = sorted(_EXPORTS)

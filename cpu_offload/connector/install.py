@@ -8,6 +8,7 @@ from vllm.config import KVTransferConfig
 from vllm_sparse.config import SECTION, SparseConfig
 
 from .. import actor
+from ..layout import PAGE_ROWS, Layout
 from ..sampling import Sampling
 
 NAME, MODULE = "SparseOffloadConnector", "vllm_sparse.cpu_offload.connector"
@@ -50,9 +51,14 @@ def sampling_of(config: SparseConfig) -> Sampling:
         raise ValueError(f'{SECTION}["sampler_options"]: {error}') from None
 
 
-def host_dtype(config: SparseConfig, dtype: torch.dtype) -> torch.dtype:
+def layout_of(
+    config: SparseConfig, layers: int, kv_heads: int, head_size: int, dtype: torch.dtype
+) -> Layout:
     """How the host keeps rows of layers that are offloaded, of a model in `dtype`."""
-    return torch.int8 if config.host_dtype == "int8" else dtype
+    sampling, kept = sampling_of(config), torch.int8 if config.host_dtype == "int8" else dtype
+    return Layout(
+        layers, kv_heads, head_size, kept, PAGE_ROWS, sampling.sketched, sampling.hash_tables
+    )
 
 
 def refusals(vllm_config, config: SparseConfig) -> list[str]:

@@ -18,7 +18,7 @@ from ..layout import Layout
 from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
 from ..step import Step
-from .install import host_dtype, sampling_of
+from .install import layout_of
 from .metrics import OffloadStats
 from .sizing import GIB, store_pages
 
@@ -68,15 +68,10 @@ class WorkerSide:
         self.block_size = spec.block_size
         self.rank = get_tensor_model_parallel_rank()
         model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
-        sampling = sampling_of(config)
-        shape, kept = (spec.num_kv_heads, spec.head_size), host_dtype(config, spec.dtype)
-        layouts = [
-            Layout(
-                len(offloaded), *shape, kept, PAGE_ROWS, sampling.sketched, sampling.hash_tables
-            )
-        ]  # fmt: skip
+        rows = spec.num_kv_heads, spec.head_size, spec.dtype
+        layouts = [layout_of(config, len(offloaded), *rows)]
         # What the device has whole is not rounded, when a request comes again either.
-        layouts += [Layout(len(resident), *shape, spec.dtype, PAGE_ROWS)] if resident else []
+        layouts += [Layout(len(resident), *rows)] if resident else []
         page_bytes = sum(layout.page_bytes for layout in layouts)
         pages = store_pages(
             config.host_gib,
@@ -108,7 +103,7 @@ class WorkerSide:
             pages * page_bytes / GIB,
             pages * PAGE_ROWS,
             len(self.layers),
-            " as int8" if kept == torch.int8 else "",
+            " as int8" if layouts[0].dtype == torch.int8 else "",
             config.decode,
             readers(config, len(self.cpus) if self.cpus else config.actors),
             config.sink,
