@@ -45,7 +45,7 @@ def engines(model, tmp_path_factory):
         yield {
             # Compiled, as models are unless told otherwise.
             "served": engines.start(
-                run, model, list(CASES.values()), enforce_eager=False, **SIZES
+                run, model, list(CASES.values()), enforce_eager=False, processes=True, **SIZES
             ),
             "no table": engines.start(
                 run, without_table(model, tmp_path_factory.mktemp("no-table")), [],

@@ -40,7 +40,7 @@ def both(model, batches, sparse, dense=None, runner=None, **engine):
 
     def interpreted(env):
         return run(
-            model, batches, script=interpreted_engine.FILE,
+            model, batches, function="interpreted_engine:generate",
             env=env | interpreted_engine.ENVIRONMENT | (runner or {}), attention_backend="sparse",
             additional_config={"sparse": {"coverage": 1.0, **sparse}}, **SIZES | engine,
         )  # fmt: skip

@@ -62,7 +62,14 @@ def engines(llama, tmp_path_factory):
         yield {
             "dense": engines.start(run, llama, every, **SIZES, **DENSE),
             "compiled": engines.start(
-                run_with_cache, kept, llama, every, enforce_eager=False, **SIZES, **of("auto")
+                run_with_cache,
+                kept,
+                llama,
+                every,
+                enforce_eager=False,
+                processes=True,
+                **SIZES,
+                **of("auto"),
             ),
             "measured": engines.start(
                 run_with_cache, empty, llama, [CASES["mixed-8"]], dtype="bfloat16", **of("auto")

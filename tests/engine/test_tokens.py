@@ -31,7 +31,7 @@ HALVES = {"bfloat16": 16, "float16": 64}  # block sizes
 @pytest.fixture(scope="module")
 def engines(llama, gemma3):
     """Runs by name, all but those that take both cores."""
-    cases = {"max_tokens": 40, "kv_cache_memory_bytes": KV_BYTES}
+    cases = {"max_tokens": 40, "kv_cache_memory_bytes": KV_BYTES, "processes": True}
     sparse = {"attention_backend": "sparse", "additional_config": {"sparse": {"break_even": 0}}}
     with beside() as engines:
         yield {

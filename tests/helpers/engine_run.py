@@ -1,19 +1,11 @@
-"""Runs vLLM engines for tests, each in a process group of its own that is gone afterwards.
-
-An engine that is stopped by a signal to its main process leaves EngineCore and workers running.
-"""
+"""Runs vLLM engines for tests, as `LLM` does, and gives what they generate."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import random
-import signal
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+
+from engine_process import EngineFailed, answer
 
 DENSE: dict = {}
 # Everything selected, through the sparse path.
@@ -21,7 +13,6 @@ EVERYTHING = {
     "attention_backend": "sparse",
     "additional_config": {"sparse": {"coverage": 1.0, "break_even": 0}},
 }
-TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
@@ -60,11 +51,15 @@ def run(
     max_tokens: int = 16,
     env: dict[str, str] | None = None,
     expect_failure: bool = False,
-    script: str | Path = __file__,
+    processes: bool = False,
+    function: str = "engine_run:generate",
     **engine,
 ) -> Run | str:
-    """Generate greedily, one batch of token-id prompts after another, in one engine, which
-    `script` makes.
+    """Generate greedily, one batch of token-id prompts after another, in one engine.
+
+    `processes`: whether the engine's core and its worker have processes of their own, as they do
+    unless told otherwise. Each takes ten seconds longer to start.
+    `function`: another than this module's, in a process that has not imported vLLM before.
 
     Returns:
         The Run, or with `expect_failure` the log of an engine that did not start.
@@ -81,38 +76,26 @@ def run(
         "worker_extension_cls": "engine_run.Probe",
         **engine,
     }
-    job = json.dumps({"engine": arguments, "batches": batches, "max_tokens": max_tokens})
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **(env or {})},
-        cwd=Path(model),  # not the repository, whose folders would hide the installed packages
-        start_new_session=True,
-    )
-    try:
-        log, _ = process.communicate(job, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        log, _ = process.communicate()
-        raise AssertionError(f"the engine took over {TIMEOUT_S} s:\n{log[-8000:]}") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    job = {"engine": arguments, "batches": batches, "max_tokens": max_tokens}
+    fresh = function != "engine_run:generate"
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(processes)), **(env or {})}
+    answered = answer(function, job, model, env, fresh=fresh)
     if expect_failure:
-        assert process.returncode != 0, f"the engine started:\n{log[-8000:]}"
-        return log
-    assert process.returncode == 0, f"the engine failed:\n{log[-12000:]}"
-    result = next(x for x in log.splitlines() if x.startswith("RESULT "))
-    return Run(**json.loads(result.removeprefix("RESULT ")), log=log)
+        if answered.given is not None:
+            raise EngineFailed(f"the engine started:\n{answered.log[-8000:]}")
+        return answered.log
+    return Run(**answered.result(), log=answered.log)
 
 
-def _generate(job: dict) -> dict:
+def generate(job: dict) -> dict:
+    """What a Run says but for its log."""
     import math
 
+    import torch
     from vllm import LLM, SamplingParams
+
+    if job["engine"]["enforce_eager"]:
+        torch._dynamo.config.disable = True  # vLLM compiles how it ranks log-probabilities: 3 s
 
     llm = LLM(**job["engine"])
     sampling = SamplingParams(
@@ -139,7 +122,3 @@ def _generate(job: dict) -> dict:
                     result["logprobs_finite"] = False
     result["stats"] = llm.collective_rpc("probe")
     return result
-
-
-if __name__ == "__main__":
-    print("RESULT " + json.dumps(_generate(json.load(sys.stdin))), flush=True)

@@ -3,19 +3,11 @@ given steps, and the scheduler's own counters are read after each."""
 
 from __future__ import annotations
 
-import contextlib
-import faulthandler
-import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
-TIMEOUT_S = 300
+from engine_process import answer
 
 
 @dataclass(frozen=True)
@@ -65,41 +57,21 @@ def run_steps(
         "disable_log_stats": False,
         **engine,
     }
-    job = json.dumps(
-        {
-            "engine": arguments,
-            "phases": phases,
-            "kill_at": kill_at or {},
-            "call_at": call_at or {},
-            "logprobs": logprobs,
-        }
-    )
-    process = subprocess.Popen(
-        [sys.executable, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})},
-        cwd=Path(model),
-        start_new_session=True,
-    )
-    try:
-        log, _ = process.communicate(job, timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        log, _ = process.communicate()
-        raise AssertionError(f"the engine took over {TIMEOUT_S} s:\n{log[-8000:]}") from None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, f"the engine failed:\n{log[-12000:]}"
-    result = next(x for x in log.splitlines() if x.startswith("RESULT "))
-    found = json.loads(result.removeprefix("RESULT "))
-    return Steps([Phase(**x) for x in found.pop("phases")], **found, log=log)
+    job = {
+        "engine": arguments,
+        "phases": phases,
+        "kill_at": {str(step): text for step, text in (kill_at or {}).items()},
+        "call_at": {str(step): call for step, call in (call_at or {}).items()},
+        "logprobs": logprobs,
+    }
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **(env or {})}
+    answered = answer("engine_steps:serve", job, model, env)
+    found = answered.result()
+    return Steps([Phase(**x) for x in found.pop("phases")], **found, log=answered.log)
 
 
-def _serve(job: dict) -> dict:
+def serve(job: dict) -> dict:
+    """What Steps say but for the log, its phases as dicts."""
     from vllm import LLM
 
     llm = LLM(**job["engine"])
@@ -191,8 +163,3 @@ def _phase(
         result["held"].append(len(side.ledger.held) if side else 0)
         step += 1
     return {**result, "preemptions": preemptions() - before}
-
-
-if __name__ == "__main__":
-    faulthandler.dump_traceback_later(TIMEOUT_S - 10)  # where it is, for whoever gives it up
-    print("RESULT " + json.dumps(_serve(json.load(sys.stdin))), flush=True)

@@ -9,16 +9,12 @@ the host come as late as a GPU's may: what is used before it was waited for is n
 from __future__ import annotations
 
 import functools
-import json
 import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import engine_run
 import quick_interpreter
-from engine_run import _generate
 
-FILE = Path(__file__)
 FEWEST_SHARED = 64  # keys; the prompts that an interpreter reads are short
 ENVIRONMENT = {"TRITON_INTERPRET": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # The runner that vLLM takes on GPUs, whose own kernels are Triton's.
@@ -85,9 +81,10 @@ def stand_in() -> None:
     )
 
 
-if __name__ == "__main__":
+def generate(job: dict) -> dict:
+    """What `engine_run.generate` gives, of such an engine."""
     if SECOND_RUNNER.items() <= os.environ.items():
         claim_triton()
     stand_in()
     quick_interpreter.install()
-    print("RESULT " + json.dumps(_generate(json.load(sys.stdin))), flush=True)
+    return engine_run.generate(job)

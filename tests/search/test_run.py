@@ -32,6 +32,16 @@ def search(home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, **where, capture_output=True, text=True, timeout=400)
 
 
+def differences(got: object, want: object, where: str = "") -> list[str]:
+    """Each leaf of two JSON values that differs: it names prompts, layers and heads to look at."""
+    if isinstance(got, dict) and isinstance(want, dict) and got.keys() == want.keys():
+        return [x for key in got for x in differences(got[key], want[key], f"{where}.{key}")]
+    if isinstance(got, list) and isinstance(want, list) and len(got) == len(want):
+        pairs = enumerate(zip(got, want, strict=True))
+        return [x for n, pair in pairs for x in differences(*pair, f"{where}[{n}]")]
+    return [] if got == want else [f"{where}: {got!r}, not {want!r}"]
+
+
 @pytest.fixture(scope="module")
 def found(plain: Path, home: Path, tmp_path_factory) -> tuple[Path, dict]:
     """The file of an undisturbed search, and what the command said of it."""
@@ -105,6 +115,7 @@ def test_a_killed_search_goes_on_to_the_same_file(found, plain: Path, home: Path
     assert len(list(folder.glob("prompt-*.json"))) == done
     resumed = search(home, *arguments, "--resume")
     assert resumed.returncode == 0, resumed.stderr
+    assert differences(*(json.loads(file.read_text()) for file in (out, found[0]))) == []
     assert out.read_bytes() == found[0].read_bytes()
     assert not folder.exists()
 
