@@ -26,7 +26,8 @@ setup: $(STAMPS)/checked $(CHECKPOINT)/config.json
 test: setup
 	$(BIN)/pytest $(ARGS)
 
-# The tests of the native kernels under the address and undefined-behaviour sanitizers.
+# The tests of the native kernels under the address and undefined-behaviour sanitizers;
+# `make sanitize ARGS=--threads`: under that of threads.
 sanitize: $(STAMPS)/package
 	$(BIN)/python tools/sanitize.py $(ARGS)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,7 +42,8 @@ for isa, flags in ISA_FLAGS.items() if X86 else [("generic", [])]:
     SOURCE_FLAGS[f"{CSRC}/attention_{isa}.cpp"] = flags
     if isa != "amx":
         SOURCE_FLAGS[f"{OFFLOAD_CSRC}/gather_{isa}.cpp"] = flags
-SOURCES += SOURCE_FLAGS
+SOURCES = [*SOURCE_FLAGS, *SOURCES]  # those that take long first
+MOST_AT_ONCE = 4  # a compiler takes up to 0.7 GB
 
 
 class BuildKernels(build_ext):
@@ -51,15 +54,18 @@ class BuildKernels(build_ext):
             # The extension is optional: where this fails, that of a build before is not to be
             # taken for it.
             (ROOT / "kernels" / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
-        objects = []
-        for source in ext.sources:
-            objects += self.compiler.compile(
+
+        def compiled(source: str) -> list[str]:
+            return self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 include_dirs=ext.include_dirs,
                 extra_postargs=ext.extra_compile_args + SOURCE_FLAGS.get(source, []),
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
+            objects = [file for files in pool.map(compiled, ext.sources) for file in files]
         ext_path = Path(self.get_ext_fullpath(ext.name))
         ext_path.parent.mkdir(parents=True, exist_ok=True)
         self.compiler.link_shared_object(

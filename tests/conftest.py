@@ -35,6 +35,12 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="test this build of the native extension (see tools/sanitize.py)",
     )
+    parser.addoption(
+        "--native-threads",
+        type=int,
+        metavar="N",
+        help="so many threads in each test of the native kernels that does not choose itself",
+    )
 
 
 def pytest_configure(config):

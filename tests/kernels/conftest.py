@@ -14,3 +14,10 @@ def isa(request):
     cpu.set_isa(request.param)
     yield request.param
     cpu.set_isa("")
+
+
+@pytest.fixture(autouse=True)
+def threads(request):
+    """As many as are asked for, in each test anew: some go back to one."""
+    if count := request.config.getoption("--native-threads"):
+        cpu.set_threads(count)
