@@ -28,13 +28,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Another build of the native extension, which is tested (see tools/sanitize.py). No option: the
+# tests' folders have their own conftest.py, which load the extension before options are known.
+LIBRARY_VARIABLE = "TEST_NATIVE_LIBRARY"
+if LIBRARY := os.environ.get(LIBRARY_VARIABLE):
+    from vllm_sparse.kernels import cpu
+
+    cpu.LIBRARY_FILE = Path(LIBRARY)
+
+
 def pytest_addoption(parser):
-    parser.addoption(
-        "--native-library",
-        type=Path,
-        metavar="FILE",
-        help="test this build of the native extension (see tools/sanitize.py)",
-    )
     parser.addoption(
         "--native-threads",
         type=int,
@@ -44,10 +47,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if file := config.getoption("--native-library"):
+    if LIBRARY:
         from vllm_sparse.kernels import cpu
 
-        cpu.LIBRARY_FILE = file
+        loaded = getattr(cpu.native(), "_name", None)
+        if loaded != LIBRARY:
+            pytest.exit(f"{LIBRARY_VARIABLE} is {LIBRARY}, but {loaded} is loaded", 4)
 
 
 @pytest.fixture(scope="session")

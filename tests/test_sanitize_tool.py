@@ -23,6 +23,14 @@ WARNING: ThreadSanitizer: data race (pid=1)
   Write of size 8 at 0x7ffc27894690 by thread T3:
     #0 work kernels/csrc/thread_pool.cpp:90 (_cpu.abi3.so+0x1234)
 ==================
+==================
+WARNING: ThreadSanitizer: data race (pid=1)
+  Write of size 8 at 0x7b0c00189008 by thread T21:
+    #0 free (libtsan.so+0x47e82)
+    #1 __GI__dl_deallocate_tls (ld-linux-x86-64.so.2+0x11785)
+  Previous read of size 8 at 0x7b0c00189008 by thread T20:
+    #0 vllm_sparse::Scratch::~Scratch() kernels/csrc/scratch.h:11 (_cpu.abi3.so+0x13adc)
+==================
 """
 
 

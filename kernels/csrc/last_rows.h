@@ -2,6 +2,7 @@
 // stands in kernels/pattern_reference.py. Plain loops: one instruction set does for all.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -40,8 +41,8 @@ inline void search_union(const UnionSearch& u, int64_t head) {
   }
   uint8_t* best = u.chosen + head * blocks;
   uint8_t* best_single = u.single + head * u.width;
-  std::memcpy(best, u.base, blocks);
-  std::memset(best_single, 0, u.width);
+  std::copy_n(u.base, blocks, best);
+  std::fill_n(best_single, u.width, uint8_t{0});
   float least = -1.0f;  // none yet
   int64_t from = 0;
   for (int64_t i = 0; i < u.num_counts; ++i) {
@@ -55,7 +56,7 @@ inline void search_union(const UnionSearch& u, int64_t head) {
       }
     }
     from = count;
-    std::memcpy(now.data(), u.base, blocks);
+    std::copy_n(u.base, blocks, now.data());
     for (int64_t r = 0; r < u.rows; ++r) {
       if (!(need[r] > 0.0f)) continue;
       heaviest_of_row(left.data() + r * blocks, blocks, need[r], row_chosen.data());
@@ -71,8 +72,8 @@ inline void search_union(const UnionSearch& u, int64_t head) {
     cost += static_cast<float>(singles) * u.column_price;
     if (least >= 0.0f && !(cost < least)) continue;
     least = cost;
-    std::memcpy(best, now.data(), blocks);
-    std::memcpy(best_single, now_single.data(), count);
+    std::copy_n(now.data(), blocks, best);
+    std::copy_n(now_single.data(), count, best_single);
     // Nothing is cheaper than the base alone.
     if (singles == 0 && std::memcmp(best, u.base, blocks) == 0) return;
   }

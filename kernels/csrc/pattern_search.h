@@ -259,8 +259,8 @@ struct HeadRows {
 };
 
 inline void search_columns(const ColumnSearch& c, int64_t head) {
-  std::memset(c.diagonals + head * c.mass.num_blocks, 0, c.mass.num_blocks);
-  std::memset(c.taken + head * c.width, 0, c.width);
+  std::fill_n(c.diagonals + head * c.mass.num_blocks, c.mass.num_blocks, uint8_t{0});
+  std::fill_n(c.taken + head * c.width, c.width, uint8_t{0});
   c.cost[head] = kNever;
   if (!c.wanted[head]) return;
   const HeadRows rows(c, head);
