@@ -43,7 +43,7 @@ for isa, flags in ISA_FLAGS.items() if X86 else [("generic", [])]:
     if isa != "amx":
         SOURCE_FLAGS[f"{OFFLOAD_CSRC}/gather_{isa}.cpp"] = flags
 SOURCES = [*SOURCE_FLAGS, *SOURCES]  # those that take long first
-MOST_AT_ONCE = 4  # compilers; each takes 0.25 GiB
+MOST_AT_ONCE = 4  # compilers; the largest source was seen to take 0.25 GiB
 
 
 class BuildKernels(build_ext):

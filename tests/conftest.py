@@ -35,6 +35,9 @@ if LIBRARY := os.environ.get(LIBRARY_VARIABLE):
     from vllm_sparse.kernels import cpu
 
     cpu.LIBRARY_FILE = Path(LIBRARY)
+    loaded = getattr(cpu.native(), "_name", None)
+    if loaded != LIBRARY:
+        pytest.exit(f"{LIBRARY_VARIABLE} is {LIBRARY}, but {loaded} is loaded", 4)
 
 
 def pytest_addoption(parser):
@@ -44,15 +47,6 @@ def pytest_addoption(parser):
         metavar="N",
         help="so many threads in each test of the native kernels that does not choose itself",
     )
-
-
-def pytest_configure(config):
-    if LIBRARY:
-        from vllm_sparse.kernels import cpu
-
-        loaded = getattr(cpu.native(), "_name", None)
-        if loaded != LIBRARY:
-            pytest.exit(f"{LIBRARY_VARIABLE} is {LIBRARY}, but {loaded} is loaded", 4)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -11,20 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
-
-def load_form():
-    """The module; the checkout is not on the import path, where it would offer a `kernels`."""
-    spec = importlib.util.spec_from_file_location("form", ROOT / "benchmarks" / "_form.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-form = load_form()
+form = load("benchmarks/_form.py")
 Row, publish, require_editable = form.Row, form.publish, form.require_editable
 KEYS = ["figure", "case", "ours", "peer", "theirs", "unit", "ratio", "error"]
 

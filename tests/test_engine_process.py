@@ -16,6 +16,7 @@ from engine_process import EngineFailed, answer
 
 HERE = Path(__file__).stem
 COMMAND = "import time; time.sleep(600)"
+ONE_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def state(job: dict) -> dict:
@@ -45,11 +46,7 @@ def test_what_it_gives_and_what_it_runs_in(fresh, tmp_path, monkeypatch):
     answer(f"{HERE}:state", {}, tmp_path, {})  # from now on a process is kept
     monkeypatch.setenv("SET_LATE", "set")
     core = max(os.sched_getaffinity(0))
-    env = {
-        "GIVEN": "it",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": str(core),
-    }
+    env = {"GIVEN": "it", "VLLM_CPU_OMP_THREADS_BIND": str(core), **ONE_PROCESS}
     answered = answer(f"{HERE}:state", {"a": 1}, tmp_path, env, fresh=fresh)
     forked = not fresh and sys.version_info >= (3, 11)
     assert answered.result() == {
@@ -64,13 +61,9 @@ def test_workers_of_their_own_are_left_to_vllm_to_bind(tmp_path):
     cores = sorted(os.sched_getaffinity(0))
     for env in (
         {"VLLM_CPU_OMP_THREADS_BIND": str(cores[0])},
-        {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}", **one_process()},
+        {"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}", **ONE_PROCESS},
     ):
         assert answer(f"{HERE}:state", {}, tmp_path, env).result()["cores"] == cores
-
-
-def one_process() -> dict[str, str]:
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 def test_what_fails_gives_nothing_and_says_why(tmp_path):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from scripts import load
 
 import vllm_sparse
 
@@ -64,9 +64,7 @@ def test_the_licence_is_there_and_named():
 @pytest.fixture
 def installer(monkeypatch):
     """tools/install_vllm.py, which notes what it asks of pip instead of doing it."""
-    spec = importlib.util.spec_from_file_location("installer", ROOT / "tools" / "install_vllm.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("tools/install_vllm.py")
     module.asked, module.fails, module.installed = [], 0, {}
 
     def pip(*arguments):

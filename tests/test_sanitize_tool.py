@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
+from scripts import load
 
 REPORTS = """==================
 WARNING: ThreadSanitizer: data race (pid=1)
@@ -35,12 +31,8 @@ WARNING: ThreadSanitizer: data race (pid=1)
 
 
 @pytest.fixture
-def sanitize(monkeypatch):
-    spec = importlib.util.spec_from_file_location("sanitize", ROOT / "tools" / "sanitize.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "sanitize", module)  # its dataclass looks there
-    spec.loader.exec_module(module)
-    return module
+def sanitize():
+    return load("tools/sanitize.py")
 
 
 @pytest.mark.parametrize("name", ["ADDRESSES", "THREADS"])

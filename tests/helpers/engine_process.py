@@ -1,7 +1,7 @@
 """Processes that engines of tests run in, each the head of a group that is gone afterwards.
 
 Importing vLLM takes one core for ten seconds. One process that has done so is kept, and an engine's
-is forked from it: it runs no thread and has used no other core before.
+is forked from it, before any thread or device of its own has begun.
 
 An engine that is stopped by a signal to its main process leaves EngineCore and workers running.
 """
