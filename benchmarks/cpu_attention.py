@@ -8,6 +8,7 @@ Everything is checked before it is timed.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -36,6 +37,11 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
+def free_memory() -> int:
+    """Bytes that the machine has left."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def turns(ours: Callable, theirs: Callable, rounds: int) -> tuple[float, float]:
     """Median seconds of both, which take turns."""
     seconds: tuple[list[float], list[float]] = ([], [])
@@ -62,8 +68,10 @@ def random_context(kv_heads: int, length: int, dtype, samplers=()):
     context = Context(store, samplers=samplers)
     generator = torch.Generator().manual_seed(0)
     offset = 2 * torch.randn(2, 1, kv_heads, HEAD_SIZE, generator=generator)
-    for _ in range(0, length, 8192):
-        k, v = torch.randn(2, min(length, 8192), kv_heads, HEAD_SIZE, generator=generator) + offset
+    step = min(length, max(1 << 25, kv_heads * HEAD_SIZE) // (kv_heads * HEAD_SIZE))
+    for first in range(0, length, step):
+        shape = (2, min(step, length - first), kv_heads, HEAD_SIZE)
+        k, v = torch.randn(shape, generator=generator) + offset
         context.append(k.bfloat16(), v.bfloat16())
     return context
 
@@ -104,8 +112,9 @@ def bandwidth(rounds: int) -> list[Row]:
     for dtype, suffix in ((torch.bfloat16, ""), (torch.int8, "_int8")):
         length = 65536
         per_head = length * 2 * HEAD_SIZE * dtype.itemsize
-        # A quarter of it is useful, and that alone shall be so many caches.
-        heads = -(-4 * CACHE_TIMES * last_level_cache() // per_head)
+        # A quarter of it is useful, and that alone shall be so many caches, as far as memory goes.
+        nbytes = min(4 * CACHE_TIMES * last_level_cache(), free_memory() // 2)
+        heads = -(-nbytes // per_head)
         context = random_context(heads, length, dtype)
         q = torch.randn(1, heads, 1, GROUP, HEAD_SIZE).bfloat16().float()
         cases: list[tuple[str, float, int]] = [

@@ -28,6 +28,7 @@ BLOCK = 128  # tokens of a KV block of vLLM's on CPUs
 BUDGET = 1.2  # requests
 WORDS = 3  # of an answer: all but the first come from decode
 PEER = "vLLM's CPU backend, full KV"
+DTYPES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 SAMPLERS = ("vattention", "lsh", "topk", "exact")
 QUIET_S = 1.2  # a worker polls for a second after its last step
 
@@ -52,13 +53,14 @@ class Engine:
     """vLLM with one backend, in processes of its own."""
 
     def __init__(
-        self, checkpoint: Path, longest: int, requests: int, budget: int, **settings: Any
-    ) -> None:
+        self, checkpoint: Path, dtype: str, longest: int, requests: int, budget: int,
+        **settings: Any,
+    ) -> None:  # fmt: skip
         import psutil
         from vllm import LLM
 
         self.llm = LLM(
-            str(checkpoint), dtype="float32", max_model_len=longest,
+            str(checkpoint), dtype=dtype, max_model_len=longest,
             max_num_batched_tokens=CHUNK, max_num_seqs=requests, kv_cache_memory_bytes=budget,
             enforce_eager=True, disable_log_stats=True, skip_tokenizer_init=True,
             worker_extension_cls="benchmarks._probe.WorkerProbe", **settings,
@@ -209,6 +211,7 @@ def main() -> int:
     parser = arguments(__doc__)
     parser.add_argument("--decode", nargs="+", choices=SAMPLERS, default=["vattention", "lsh"])
     parser.add_argument("--length", type=int, default=32768, help="tokens of each prompt")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the model")
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 4], help="at a time")
     parser.add_argument("--tokens", type=int, default=48, help="that a round decodes of each")
     parser.add_argument("--rounds", type=int, default=3)
@@ -257,7 +260,8 @@ def measure(folder: Path, options: Any) -> list[Row]:
 
     model = json.loads((folder / "config.json").read_text())
     layers = model["num_hidden_layers"]
-    block_bytes = BLOCK * layers * model["num_key_value_heads"] * 2 * model["head_dim"] * 4
+    itemsize = DTYPES[options.dtype]
+    block_bytes = BLOCK * layers * model["num_key_value_heads"] * 2 * model["head_dim"] * itemsize
     longest = options.length + options.tokens + 16
     needed = -(-longest // BLOCK)
     budget = int(BUDGET * needed) * block_bytes
@@ -269,7 +273,7 @@ def measure(folder: Path, options: Any) -> list[Row]:
     with ended_together() as llms:
         running = {}
         for name, settings in config.items():
-            running[name] = Engine(folder, longest, sizes[-1], budget, **settings)
+            running[name] = Engine(folder, options.dtype, longest, sizes[-1], budget, **settings)
             llms.append(running[name].llm)
         answers = {
             name: read(engine, questions[name], options.tokens, name)
@@ -291,7 +295,7 @@ def measure(folder: Path, options: Any) -> list[Row]:
             rounds = [answers[who].tokens] + [x for n in sizes for x in series[who, n].tokens]
             failed = failed or wrong(questions[who], rounds)
         common = {
-            "tokens": options.length, "dtype": "float32", "rounds": options.rounds,
+            "tokens": options.length, "dtype": options.dtype, "rounds": options.rounds,
             "threads": threads[name], "their_threads": threads["vllm"],
         }  # fmt: skip
         device = {"tokens": options.length, "device_mib": budget >> 20}

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 from functools import cache
-from pathlib import Path
 
 SAMPLERS = {"exact": 0, "topk": 1, "vattention": 2, "lsh": 3}
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
@@ -89,13 +87,6 @@ class HostShape:
         host.directions = address + self.directions_at
         host.log_inclusion = address + self.inclusion_at
         return host
-
-
-def library_file() -> Path | None:
-    """The installed native extension."""
-    spec = importlib.util.find_spec("vllm_sparse.kernels")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    return next((p for f in folders for p in sorted(Path(f).glob("_cpu*.so"))), None)
 
 
 @cache

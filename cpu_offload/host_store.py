@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm_sparse.kernels import cpu
+
 from . import hashing
-from .host import DTYPES, SAMPLERS, HostAppend, HostShape, StoreLost, library_file, load
+from .host import DTYPES, SAMPLERS, HostAppend, HostShape, StoreLost, load
 from .layout import Layout, aligned
 from .pages import Pages
 from .pinned import pin
@@ -47,7 +49,7 @@ class HostStore:
         self.layout = layout
         self.pages = Pages(layout.pages(host_bytes))
         self.max_requests, self.max_tokens = max_requests, max_tokens
-        file = library_file()
+        file = cpu.library_file()
         self.file = None if file is None else str(file)
         size = layout.page_rows
         max_pages = -(-max_tokens // size)

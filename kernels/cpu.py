@@ -70,17 +70,21 @@ class _Decode(ctypes.Structure):
     ]  # fmt: skip
 
 
+def library_file() -> Path | None:
+    """Where the extension lies, if it was built."""
+    return LIBRARY_FILE or min(Path(__file__).parent.glob("_cpu*.so"), default=None)
+
+
 @cache
 def _library() -> ctypes.CDLL | str:
     """The loaded extension, or why there is none."""
-    found = [LIBRARY_FILE] if LIBRARY_FILE else sorted(Path(__file__).parent.glob("_cpu*.so"))
-    if not found:
+    if (file := library_file()) is None:
         return (
             "it was not built; reinstall vllm-sparse where a C++17 compiler is installed "
             "(Debian: g++) to build it"
         )
     try:
-        library = ctypes.CDLL(str(found[0]))
+        library = ctypes.CDLL(str(file))
     except OSError as error:
         return f"it does not load: {error}; reinstall vllm-sparse to build it for this machine"
     library.vllm_sparse_isa.restype = ctypes.c_char_p

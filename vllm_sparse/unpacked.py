@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .cpu_offload.layout import Layout
+from .cpu_offload.unpack import unpack
 
 
 class Unpacked:
@@ -33,8 +34,7 @@ class Unpacked:
             with torch.inference_mode(False):  # it outlives the step
                 self._memory = self._memory.new_empty(size)
         rows = self._memory[:size].view(shape)
-        for into, page in zip(rows.split(1), pages, strict=True):  # one at a time stays in cache
-            layout.unpack(part[page : page + 1], into)
+        unpack(layout, part, pages, rows)
         return rows[..., 0, :], rows[..., 1, :]
 
 

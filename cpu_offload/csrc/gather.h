@@ -109,6 +109,15 @@ struct Score {
   const ScoreItem* items;
 };
 
+// int8 rows in pages of one layer of a host store, as floats of `dtype`.
+struct Unpack {
+  const char* part;  // of the layer; a page of it is part_bytes
+  int64_t part_bytes, scales_at;
+  const int64_t* pages;
+  int64_t num_pages, rows, head_size, dtype;  // rows: of a page, all KV heads together
+  void* out;                                  // [num_pages, rows, 2, D]
+};
+
 // The kernels of one instruction set. Scratch is counted in floats.
 struct GatherKernels {
   const char* name;
@@ -124,6 +133,7 @@ struct GatherKernels {
   void (*attend)(const Host&, HostItem&, float* scratch);
   size_t (*append_scratch)(const Host&);
   void (*append)(const Host&, const HostAppend&, const HostPiece&, float* scratch);
+  void (*unpack)(const Unpack&, int64_t page, int64_t first, int64_t last);
 };
 
 // Those that this process uses.

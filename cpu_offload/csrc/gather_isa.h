@@ -6,6 +6,7 @@
 
 #include "gather_split.h"
 #include "lsh_query.h"
+#include "unpack.h"
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 #include "gather_bf16.h"
 #include "gather_int8.h"
@@ -97,9 +98,14 @@ float read_memory(const char* from, int64_t bytes) {
 namespace vllm_sparse {
 namespace {
 
+void unpack_any(const Unpack& a, int64_t page, int64_t first, int64_t last) {
+  for_floats(a.dtype, [&](auto to) { unpack_rows<decltype(to)>(a, page, first, last); });
+}
+
 constexpr GatherKernels make_gather_kernels(const char* name) {
   return {name,      gather_scratch, gather_any,     lsh_scratch, lsh_any,            score_scratch,
-          score_any, read_memory,    attend_scratch, attend_any,  append_scratch_any, append_any};
+          score_any, read_memory,    attend_scratch, attend_any,  append_scratch_any, append_any,
+          unpack_any};
 }
 
 }  // namespace

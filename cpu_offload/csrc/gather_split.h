@@ -101,6 +101,9 @@ bool gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
     const Chunk<T>& now = chunks[turn];
     Chunk<T>& next = chunks[turn ^ 1];
     if (!next.find(item.view, item.rows, first + kBlock, w.last)) return false;
+    if (std::is_same<T, Int8>::value) {
+      for (int n = 0; n < next.count; ++n) __builtin_prefetch(row_scales(item.view, next.rows[n]));
+    }
     Feed feed(now, next, item.view.row_bytes);
     policy.score(now, feed, scores);
     to_logits(a, item, now, first, scores);
@@ -108,9 +111,10 @@ bool gather_split(const Gather& a, const GatherSplit& w, float* scratch) {
       decode_softmax_step(scores + g * kBlock, top + g, sum + g, out + g * stride, stride);
     }
     if (std::is_same<T, Int8>::value) {
-      for (int n = 0; n < now.count; ++n) {
-        const float scale = row_scales(item.view, now.rows[n])[1];
-        for (int g = 0; g < group; ++g) scores[g * kBlock + n] *= scale;
+      float scales[kBlock] = {};
+      for (int n = 0; n < now.count; ++n) scales[n] = row_scales(item.view, now.rows[n])[1];
+      for (int i = 0; i < group * kBlock; i += kLanes) {
+        store(scores + i, load(scores + i) * load(scales + i % kBlock));
       }
     }
     policy.accumulate(now, feed, scores, out);

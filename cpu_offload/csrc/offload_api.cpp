@@ -211,6 +211,19 @@ VLLM_SPARSE_API int vllm_sparse_scores(const Score* args) {
   });
 }
 
+VLLM_SPARSE_API int vllm_sparse_unpack(const Unpack* args) {
+  return guarded([&] {
+    constexpr int64_t kPiece = 512;  // rows: 128 KiB of int8 at head size 128
+    const GatherKernels* k = kernels();
+    const int64_t pieces = (args->rows + kPiece - 1) / kPiece;
+    const auto run = [&](int64_t i, float*) {
+      const int64_t first = i % pieces * kPiece, left = args->rows - first;
+      k->unpack(*args, i / pieces, first, first + (left < kPiece ? left : kPiece));
+    };
+    return parallel_for(args->num_pages * pieces, 1, run);
+  });
+}
+
 // Reads `bytes` bytes, a contiguous part by each thread: what memory gives to who only reads.
 VLLM_SPARSE_API int vllm_sparse_read(const char* from, int64_t bytes, float* sum) {
   return guarded([&] {

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "byte_products.h"
 #include "host.h"
 #include "vec.h"
 
@@ -126,7 +127,7 @@ template <int kGroup>
 inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t head_size,
                             SketchProducts* products) {
 #if defined(__AVX512VNNI__)
-  __m512i low_sum[kGroup] = {}, high_sum[kGroup] = {};  // the upper halves count sixteenfold
+  IVec low_sum[kGroup] = {}, high_sum[kGroup] = {};  // the upper halves count sixteenfold
   const __m512i lower = _mm512_set1_epi8(15), upper = _mm512_set1_epi8(static_cast<char>(0xf0));
   for (int64_t d = 0; d < head_size; d += 8, numbers += 64) {
     const __m512i x = _mm512_loadu_si512(numbers);
@@ -135,13 +136,13 @@ inline void sketch_products(const uint8_t* numbers, const int8_t* q, int64_t hea
     for (int g = 0; g < kGroup; ++g) {
       // Read as four bytes each, not eight at once: from memory they are broadcast for nothing.
       const FourBytes* four = reinterpret_cast<const FourBytes*>(q + g * head_size + d);
-      low_sum[g] = _mm512_dpbusd_epi32(low_sum[g], low, _mm512_set1_epi32(four[0]));
-      high_sum[g] = _mm512_dpbusd_epi32(high_sum[g], high, _mm512_set1_epi32(four[1]));
+      low_sum[g] = add_byte_products(low_sum[g], low, _mm512_set1_epi32(four[0]));
+      high_sum[g] = add_byte_products(high_sum[g], high, _mm512_set1_epi32(four[1]));
     }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < kGroup; ++g) {
-    products[g][0] = (IVec)_mm512_add_epi32(low_sum[g], _mm512_srai_epi32(high_sum[g], 4));
+    products[g][0] = low_sum[g] + (high_sum[g] >> 4);
   }
 #elif defined(__AVX2__)
   constexpr int64_t kBrief = 32;  // dimensions whose sums fit 16 bits: 8 times 2 x 15 x 127

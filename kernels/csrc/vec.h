@@ -215,6 +215,23 @@ inline void store_row(T* to, Vec v) {
   for (int i = 0; i < kLanes; ++i) from_float(lanes[i], to + i);
 }
 inline void store_row(float* to, Vec v) { store(to, v); }
+// As from_float, without its branch.
+inline void store_row(BFloat16* to, Vec v) {
+  UVec bits;
+  std::memcpy(&bits, &v, sizeof(bits));
+  const UVec is_nan = (UVec)(v != v), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const UVec kept = (((bits | 0x400000) & is_nan) | (rounded & ~is_nan)) >> 16;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)kept));
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)kept;
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+#else
+  const HalfVec halves = __builtin_convertvector(kept, HalfVec);
+  std::memcpy(to, &halves, sizeof(halves));
+#endif
+}
 #if defined(__AVX512F__)
 inline void store_row(Float16* to, Vec v) {
   const __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);

@@ -125,6 +125,24 @@ def test_each_query_head_with_rows_of_its_own(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [1, 2, 4])
+@pytest.mark.parametrize("size", [1e-33, 1.0, 1e33])
+def test_a_tail_beside_a_row_that_outweighs_each_of_it(isa, group, size, dtype):
+    if dtype == torch.float16:
+        size = min(max(size, 1e-4), 1e4)
+    tail, largest = 63, 11.8125  # each of the tail weighs half of 2^-16 of the largest
+    context = make_context(tail + 1, kv_heads=1, dtype=dtype, segment_rows=64)
+    k, v = torch.zeros(2, tail + 1, 1, 64)
+    k[5, :, :] = largest / 64
+    v[:] = size
+    v[5] = -size
+    context.segments[0].length, context.segments[0].sealed = 0, False
+    context.append(k, v)
+    q = torch.ones(1, 1, 1, group, 64)
+    check(context, q, None, None, torch.tensor([tail + 1]), scale=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "regime", ["huge", "hugely negative", "equal", "one dominates", "denormal"]
 )

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
+import psutil
 import pytest
 import torch
 from pools import HEADS, KV_HEADS, SIZE, ask, exact, fill, make_pool, queries, some
@@ -231,4 +235,19 @@ def test_rows_of_a_kv_head_are_not_split_at_batch_1(kv_heads):
     # Each item has one answerer; the worker answers twice only what nobody else did in time.
     assert stats["items_own"] + stats["items_rescued"] + sum(others) >= 30 * kv_heads
     assert stats["items_own"] + sum(others) <= 30 * kv_heads
+    pool.shutdown()
+
+
+@pytest.mark.skipif(cpu.native_error() is not None, reason="needs the native kernels")
+def test_the_library_that_is_tested_answers(tmp_path, monkeypatch):
+    """Another build, such as an instrumented one, is what pools hand to all who answer."""
+    other = tmp_path / "_cpu.abi3.so"
+    shutil.copy(cpu.library_file(), other)
+    monkeypatch.setattr(cpu, "LIBRARY_FILE", other)
+    pool = make_pool(kind="process", sampler="vattention")
+    slot = fill(pool, "a", 300)
+    ask(pool, 0, queries(1), [slot], [0], [300])
+    assert str(other) in Path("/proc/self/maps").read_text()
+    answering = [child.pid for child in psutil.Process().children(recursive=True)]
+    assert any(str(other) in Path(f"/proc/{pid}/maps").read_text() for pid in answering)
     pool.shutdown()

@@ -7,12 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from contexts import available
 from pools import HEADS, KV_HEADS, SIZE, fill, make_pool, some
 
+from vllm_sparse.cpu_offload import native
+from vllm_sparse.cpu_offload.layout import Layout
 from vllm_sparse.cpu_offload.mirror import Place
-from vllm_sparse.kernels import sparse_prefill
+from vllm_sparse.cpu_offload.unpack import unpack
+from vllm_sparse.kernels import cpu, sparse_prefill
 from vllm_sparse.offload import Batch, OffloadedLayer
 from vllm_sparse.unpacked import Unpacked
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,36 @@ class Segment:
     block_table: torch.Tensor | None = None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.fixture(params=["torch", *available()])
+def isa(request, monkeypatch):
+    """Each instruction set, and what runs where there is no extension."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "native", lambda: None)
+        yield request.param
+        return
+    native.set_isa(request.param)
+    yield request.param
+    native.set_isa("")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_number_is_rounded_as_torch_does(isa, dtype):
+    layout = Layout(1, kv_heads=3, head_size=80, dtype=torch.int8, page_rows=256)
+    part = torch.zeros(3, layout.part_bytes, dtype=torch.uint8)
+    layout.rows(part)[:] = torch.arange(-128, 128, dtype=torch.int8)[:, None, None]
+    scales = layout.scales(part)
+    scales[:] = torch.randn(scales.shape).exp()
+    for kv_head, special in enumerate((1e-39, 1e-7, 2.0, 300.0, 3e36, torch.inf, torch.nan)):
+        scales[:, kv_head % 3, kv_head::7] = special
+    into = torch.empty(2, 3, 256, 2, 80, dtype=dtype)
+    unpack(layout, part, [2, 0], into)
+    want = (layout.rows(part).float() * scales[..., None])[[2, 0]].to(dtype)
+    assert torch.isinf(want).any() and torch.isnan(want).any()
+    torch.testing.assert_close(into, want, rtol=0, atol=0, equal_nan=True)
+    unpack(layout, part, [], into[:0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pages_are_unpacked_in_the_order_that_is_asked_for(dtype):
     pool = make_pool(dtype=dtype, kv_dtype=torch.int8, sampler="vattention")
     slots = [fill(pool, str(n), n, seed=n) for n in (70, 200, 5)]
