@@ -17,9 +17,9 @@ namespace {
 
 struct SplitInt8 {
   using T = Int8;
-  static constexpr int kPlanes = 3;              // bytes of a weight
-  static constexpr float kWhole = 16776960.0f;   // the largest weight: rounded, below 2^24
-  static constexpr float kLeast = 0x1p-100f;     // below it its inverse leaves what floats can be
+  static constexpr int kPlanes = 3;             // bytes of a weight
+  static constexpr float kWhole = 16776960.0f;  // the largest weight: rounded, below 2^24
+  static constexpr float kLeast = 0x1p-100f;    // below it kWhole / weight may be no float
 
   const int64_t head_size, padded;
   const int group;
@@ -30,7 +30,7 @@ struct SplitInt8 {
   int8_t* values;    // [16, padded / 16, 16, 4] of four rows, interleaved
   int32_t* weights;  // [G, kPlanes, 16] of four rows
   float* factor;     // [G]
-  float* unit;       // [G] what a weight of 1 stands for; 0: all are
+  float* unit;       // [G] what a weight of 1 stands for; 0 where they count for nothing
 
   static int64_t stride(int64_t head_size) { return (head_size + 63) / 64 * 64; }
   static size_t floats(const Gather& a) {
@@ -171,10 +171,10 @@ struct SplitInt8 {
       sum += x;
     }
     const float most = horizontal_max(largest), all = horizontal_sum(sum);
-    unit[g] = most / kWhole;
-    if (all == 0.0f) unit[g] = 0.0f;
-    if (all != 0.0f && !(most >= kLeast && all <= FLT_MAX)) return false;
-    const float inverse = all == 0.0f ? 0.0f : kWhole / most;
+    const bool none = all == 0.0f;
+    if (!none && !(most >= kLeast && all <= FLT_MAX)) return false;
+    unit[g] = none ? 0.0f : most / kWhole;
+    const float inverse = none ? 0.0f : kWhole / most;
     for (int n = 0; n < kBlock; n += kLanes) {
       const __m512i whole = _mm512_cvtps_epi32((__m512)(load(p + n) * inverse));
       for (int plane = 0; plane < kPlanes; ++plane) {

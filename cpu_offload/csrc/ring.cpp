@@ -172,11 +172,12 @@ void serve_slot(const Host& h, const RingMemory& m, int64_t actor, int64_t at, S
     item.lse = m.lse(actor, at) + number * h.group;
     answer(h, item, operation, valid, scratch);
     m.rows(actor, at)[number] = item.rows_read;
+    // Counted before it is told: who has the answer finds it in the counts.
+    self->items.fetch_add(1, std::memory_order_relaxed);
+    self->busy_ns.fetch_add(now_ns() - start, std::memory_order_relaxed);
     m.done(actor, at)[number].store(ticket, std::memory_order_release);
     head->answered.fetch_add(1, std::memory_order_seq_cst);
     if (head->waiting.load(std::memory_order_seq_cst) != 0) futex_wake(&head->answered);
-    self->items.fetch_add(1, std::memory_order_relaxed);
-    self->busy_ns.fetch_add(now_ns() - start, std::memory_order_relaxed);
   }
 }
 
