@@ -8,7 +8,6 @@ Everything is checked before it is timed.
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -35,11 +34,6 @@ def last_level_cache() -> int:
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
         sizes.append(int(path.read_text().strip().removesuffix("K")) << 10)
     return max(sizes)
-
-
-def free_memory() -> int:
-    """Bytes that the machine has left."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def turns(ours: Callable, theirs: Callable, rounds: int) -> tuple[float, float]:
@@ -106,6 +100,7 @@ def bandwidth(rounds: int) -> list[Row]:
     import torch
 
     from vllm_sparse.cpu_offload import native
+    from vllm_sparse.cpu_offload.memory import available_memory
     from vllm_sparse.kernels import cpu
 
     found = []
@@ -113,7 +108,7 @@ def bandwidth(rounds: int) -> list[Row]:
         length = 65536
         per_head = length * 2 * HEAD_SIZE * dtype.itemsize
         # A quarter of it is useful, and that alone shall be so many caches, as far as memory goes.
-        nbytes = min(4 * CACHE_TIMES * last_level_cache(), free_memory() // 2)
+        nbytes = min(4 * CACHE_TIMES * last_level_cache(), available_memory() // 2)
         heads = -(-nbytes // per_head)
         context = random_context(heads, length, dtype)
         q = torch.randn(1, heads, 1, GROUP, HEAD_SIZE).bfloat16().float()

@@ -8,9 +8,9 @@ import errno
 import fcntl
 import mmap
 import os
-from pathlib import Path
 
-HEADROOM = 0.05  # of the memory, left to everybody else
+from .memory import available_memory
+
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -79,32 +79,6 @@ def check_room(nbytes: int) -> None:
             f"host memory: {nbytes / 2**30:.2f} GiB were asked for, and {room / 2**30:.2f} GiB are "
             "available; give less with host_gib"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take, by the machine and by the container's limit."""
-    room = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                room.append(int(line.split()[1]) * 1024)
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            most = int(Path(folder, limit).read_text())
-            room.append(most - int(Path(folder, used).read_text()) + _reclaimable(folder))
-    return int(min(room) * (1 - HEADROOM)) if room else 1 << 62
-
-
-def _reclaimable(folder: str) -> int:
-    """The page cache that the container's usage counts."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path(folder, "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):
-                return int(line.split()[1])
-    return 0
 
 
 def _named(error: OSError, nbytes: int) -> OSError | MemoryError:

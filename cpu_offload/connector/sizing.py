@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from ..memory import available_memory
 
 GIB = 1 << 30
 
@@ -14,14 +14,14 @@ def store_pages(
     """Pages of one worker's stores; page_bytes is a page's of all layers.
 
     Unless told, what all requests at their longest would need, and at most half of the memory that
-    is free.
+    is free, in a container too.
 
     Raises:
         ValueError: not even one request at its longest would fit.
     """
     needed = -(-max_tokens // page_rows)
     if host_gib is None:
-        pages = min(needed * max_requests, _available() // (2 * ranks) // page_bytes)
+        pages = min(needed * max_requests, available_memory() // (2 * ranks) // page_bytes)
     else:
         pages = int(host_gib * GIB) // ranks // page_bytes
     if pages < needed:
@@ -33,13 +33,3 @@ def store_pages(
             f"{(needed + 1) * page_bytes * ranks / GIB:.2f} or more, or lower --max-model-len"
         )
     return pages
-
-
-def _available() -> int:
-    """Bytes of memory that are free for new use."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-        return int(lines["MemAvailable"].split()[0]) << 10
-    except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

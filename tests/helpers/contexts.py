@@ -4,23 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparse.cpu_offload import Context, KVStore, native
-from vllm_sparse.kernels import cpu
-
-
-def available() -> list[str]:
-    """Instruction sets of the sampled kernels that run here."""
-    found = []
-    for name in native.ISAS:
-        try:
-            native.set_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    if found:
-        native.set_isa("")
-    assert found or cpu.native_error() is not None
-    return found
+from vllm_sparse.cpu_offload import Context, KVStore
 
 
 def make_context(

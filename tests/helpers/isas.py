@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,17 +10,19 @@ import pytest
 from vllm_sparse.kernels import cpu
 
 
-def available() -> list[str]:
+def available(kernels: ModuleType = cpu) -> list[str]:
+    """Instruction sets that run here, of the kernels for the device or of `cpu_offload.native`."""
     if cpu.native_error():
         return []
     names = []
-    for name in cpu.ISAS:
+    for name in kernels.ISAS:
         try:
-            cpu.set_isa(name)
+            kernels.set_isa(name)
         except ValueError:
             continue
         names.append(name)
-    cpu.set_isa("")
+    kernels.set_isa("")
+    assert names
     return names
 
 

@@ -6,25 +6,13 @@ import mmap
 
 import pytest
 import torch
-from contexts import available, make_context, queries
+from contexts import make_context, queries
 
 from vllm_sparse.cpu_offload import Context, KVStore, native, reference
 from vllm_sparse.kernels import cpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 SHAPES = [(4, 2, 64), (4, 1, 128), (1, 3, 96), (6, 1, 80), (7, 1, 256), (2, 2, 16)]
-
-
-@pytest.fixture(params=["torch", *available()])
-def isa(request, monkeypatch):
-    """Each instruction set, and what runs where there is no extension."""
-    if request.param == "torch":
-        monkeypatch.setattr(native, "_library", lambda: None)
-        yield request.param
-        return
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa("")
 
 
 def check(context, q, rows, log_prob, counts, scale=None):

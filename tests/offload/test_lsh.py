@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from attention_heads import synthetic_head as head
-from contexts import available, make_context, queries
+from contexts import make_context, queries
 
 from vllm_sparse.cpu_offload import LSH, Context, attend, hashing, native, reference, samplers
 from vllm_sparse.cpu_offload.lsh import FIRM, RECENT
@@ -35,20 +35,11 @@ def by_comparison(context, q, lsh, item):
     return torch.cat(rows), torch.cat(logs)
 
 
-@pytest.mark.parametrize("isa", ["torch", *available()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
-def test_a_proposal_holds_the_rows_with_two_common_buckets(isa, dtype, monkeypatch):
-    if isa == "torch":
-        monkeypatch.setattr(native, "_library", lambda: None)
-    else:
-        native.set_isa(isa)
-    try:
-        context = make_context(500, head_size=80, dtype=dtype, segment_rows=128)
-        q = queries(context, tokens=2)
-        got = SMALL.propose(context, q, None, scale=1.0)
-    finally:
-        if isa != "torch":
-            native.set_isa("")
+def test_a_proposal_holds_the_rows_with_two_common_buckets(isa, dtype):
+    context = make_context(500, head_size=80, dtype=dtype, segment_rows=128)
+    q = queries(context, tokens=2)
+    got = SMALL.propose(context, q, None, scale=1.0)
     assert (got.counts > 20).all()
     for item, count in enumerate(got.counts.tolist()):
         rows, logs = by_comparison(context, q, SMALL, item)

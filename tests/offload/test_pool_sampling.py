@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contexts import available
+from isas import available
 from pools import ask, exact, fill, make_pool, queries, some
 
 from vllm_sparse.cpu_offload import native
@@ -126,7 +126,7 @@ def test_topk_reads_the_heaviest_and_nothing_else():
 @pytest.mark.parametrize("size, heads", [(64, 8), (80, 2), (256, 6)])
 def test_all_instruction_sets_sample_the_same(sampler, size, heads):
     answers = []
-    for isa in available():
+    for isa in available(native):
         native.set_isa(isa)
         pool = make_pool(
             layers=1, sampler=sampler, rows=200, heads=heads, head_size=size, page_rows=16

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from contexts import available
 from pools import HEADS, KV_HEADS, SIZE, fill, make_pool, some
 
-from vllm_sparse.cpu_offload import native
 from vllm_sparse.cpu_offload.layout import Layout
 from vllm_sparse.cpu_offload.mirror import Place
 from vllm_sparse.cpu_offload.unpack import unpack
-from vllm_sparse.kernels import cpu, sparse_prefill
+from vllm_sparse.kernels import sparse_prefill
 from vllm_sparse.offload import Batch, OffloadedLayer
 from vllm_sparse.unpacked import Unpacked
 
@@ -27,18 +25,6 @@ class Segment:
     query_lens: list[int]
     sparse: bool
     block_table: torch.Tensor | None = None
-
-
-@pytest.fixture(params=["torch", *available()])
-def isa(request, monkeypatch):
-    """Each instruction set, and what runs where there is no extension."""
-    if request.param == "torch":
-        monkeypatch.setattr(cpu, "native", lambda: None)
-        yield request.param
-        return
-    native.set_isa(request.param)
-    yield request.param
-    native.set_isa("")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
