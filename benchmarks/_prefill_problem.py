@@ -141,7 +141,7 @@ def indices_density(indices, problem: Paged) -> float:
 
     counters = Counters(indices.blocks.device)
     counters.add(indices, [problem.query_len], [problem.seq_len])
-    return int(counters.read) / counters.causal
+    return counters.keys_read / counters.causal
 
 
 def float32_rows(problem: Paged, rows):

@@ -162,7 +162,8 @@ class SparseCudaImpl(TritonAttentionImpl):
 
     def prepare(self, kv_cache: torch.Tensor) -> None:
         """Make room for the sums of pages; see `LayerSums.prepare`."""
-        if not self.always_dense and kv_cache.numel():  # empty: vLLM measures memory
+        # Empty: vLLM measures memory.
+        if not self.always_dense and kv_cache.numel() and self.layer_sums.is_new(kv_cache):
             self.layer_sums.prepare(self._caches(kv_cache)[0])
 
     @property

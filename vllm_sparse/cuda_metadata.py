@@ -52,7 +52,7 @@ class Sequences:
 class SparseCudaMetadata(TritonAttentionMetadata):
     """vLLM's, and how the step is cut where some of it is sparse (None: it is not cut).
 
-    decodes: a step that is not cut is all decoding.
+    decodes: in a step that is not cut no sequence has more rows than one that decodes.
     shared: what the sequences of such a step begin with together; None: it was not looked for.
     sequences: None where nothing is kept in host memory.
     batch: an offload.Batch, made by the first layer that needs it.
@@ -151,6 +151,10 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
         if self.counts:
             self._count(query_lens, sparse, decodes)
         far = [False] * num_seqs
+        # A graph of decoding may be replayed for any batch of so few rows each, the ends of prompts
+        # among them, and looks in the room: it must be of this step.
+        short = all(n <= self.most_rows for n in query_lens)
+        shared = self._shared(whole, self.room) if short else None
         if self.offloads:
             fields["sequences"] = self._sequences(common, starts, seq_lens)
             far = [
@@ -158,8 +162,7 @@ class SparseCudaMetadataBuilder(TritonAttentionMetadataBuilder):
                 for i, n in enumerate(query_lens)
             ]
         elif not any(sparse):
-            shared = self._shared(whole, self.room) if all(decodes) else None
-            return SparseCudaMetadata(**fields, decodes=all(decodes), shared=shared)
+            return SparseCudaMetadata(**fields, decodes=short, shared=shared)
         whole = SparseCudaMetadata(**fields)
         kinds = list(zip(sparse, decodes, far, strict=True))
         cuts = [i for i in range(1, num_seqs) if kinds[i] != kinds[i - 1] or far[i]]

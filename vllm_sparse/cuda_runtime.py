@@ -13,6 +13,7 @@ from . import log
 from .config import SparseConfig
 from .kernels import BlockIndices
 from .kernels.block_indices import BLOCK, TILE
+from .kernels.gpu.integers import cdiv
 from .kernels.gpu.launch import check_fp8
 from .kernels.paged_cache import FP8
 from .planner import device_break_even
@@ -57,7 +58,7 @@ class Counters:
         self.read = torch.zeros((), dtype=torch.int64, device=device)
         self.flagged = torch.zeros(1, dtype=torch.int64, device=device)
         self.sharing = torch.zeros(1, dtype=torch.int64, device=device)
-        self.causal = 0
+        self.causal = self.unseen = 0  # keys: known on the host
         self.timers: list[tuple[Any, Any, Any]] = []
 
     @contextlib.contextmanager
@@ -74,26 +75,31 @@ class Counters:
 
     def add(self, indices: BlockIndices, query_lens: list[int], seq_lens: list[int]) -> None:
         """Count what a call read, at the granularity of `BlockIndices.selected_keys`."""
-        visible = [
-            min(n - m + end, n)
-            for m, n in zip(query_lens, seq_lens, strict=True)
-            for end in range(TILE, m + TILE, TILE)
-        ]
-        # Every list holds the block of its tile's last row, of which the rows see but a part.
-        unseen = sum(-keys % BLOCK for keys in visible)
-        self.read += indices.block_offsets[-1].long() * BLOCK + indices.column_offsets[-1]
-        self.read -= unseen * indices.num_heads
-        self.causal += sum(visible) * indices.num_heads
+        visible = unseen = 0
+        for rows, keys in zip(query_lens, seq_lens, strict=True):
+            computed, full = keys - rows, cdiv(rows, TILE) - 1  # the last tile sees every key
+            visible += full * computed + TILE * full * (full + 1) // 2 + keys
+            # Every list holds the block of its tile's last row, of which the rows see but a part.
+            unseen += full * (-computed % BLOCK) + -keys % BLOCK
+        self.read.add_(indices.block_offsets[-1], alpha=BLOCK)
+        self.read.add_(indices.column_offsets[-1])
+        self.unseen += unseen * indices.num_heads
+        self.causal += visible * indices.num_heads
+
+    @property
+    def keys_read(self) -> int:
+        """Waits for the device."""
+        return int(self.read) - self.unseen
 
     def settle(self) -> None:
         """Move what is counted into STATS; waits for the device."""
-        STATS.keys_read += int(self.read)
+        STATS.keys_read += self.keys_read
         self.read.zero_()
         count_flagged(self.flagged)
         STATS.shared_rows += int(self.sharing)
         self.sharing.zero_()
         STATS.keys_causal += self.causal
-        self.causal = 0
+        self.causal = self.unseen = 0
         for begin, planned, end in self.timers:
             end.synchronize()
             STATS.index_seconds += begin.elapsed_time(planned) / 1e3

@@ -29,21 +29,27 @@ class LayerSums:
     def __init__(self, dtype: torch.dtype, cache_config, *, from_elsewhere: bool) -> None:
         self.dtype, self.cache_config, self.from_elsewhere = dtype, cache_config, from_elsewhere
         self.sums: PageSums | None = None
-        self._of: tuple | None = None  # address and shape of the cache that `sums` is for
+        self._of: tuple | None = None  # address and shape of vLLM's cache that `sums` is for
+
+    def is_new(self, kv_cache: torch.Tensor) -> bool:
+        """Whether this is another cache than it was asked about before. Asked for each layer of
+        each step: slicing the keys from it first would take 5 us."""
+        cache = (kv_cache.data_ptr(), kv_cache.shape)
+        if cache == self._of:
+            return False
+        self._of = cache
+        return True
 
     def prepare(self, k_cache: torch.Tensor) -> None:
-        """Make room for the sums of pages, or say once that there is none. Both hold for this
-        cache: vLLM tries graphs on a small one before it makes the one that serves.
+        """Make room for the sums of pages of a new cache, or say once that there is none. Both hold
+        for this cache: vLLM tries graphs on a small one before it makes the one that serves.
 
         To be called with the layer's keys [pages, Hkv, page, D] before a page is written: what is
         written without it is in no sum. The builder does, as the first write may be inside a
         graph's capture. vLLM binds two caches: a small one to measure what graphs take, and the
         one it serves with.
         """
-        cache = (k_cache.data_ptr(), k_cache.shape)
-        if cache == self._of:
-            return
-        self._of, self.sums = cache, None
+        self.sums = None
         why = self._why_none(k_cache)
         if why is None:
             self.sums = PageSums(k_cache, self.dtype)

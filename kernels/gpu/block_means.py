@@ -15,6 +15,7 @@ import triton.language as tl
 from ..block_indices import BLOCK
 from ..paged_cache import FP8, check_scales
 from . import launch
+from .integers import next_power_of_2
 from .launch import DTYPES, Config, Target, caches, kernel, scale_types, unspecialized
 
 WARPS, STAGES = 4, 2
@@ -99,7 +100,7 @@ def _block_means(
 
 
 def _shape(head_size: int, page: int) -> dict[str, int]:
-    return {"PAGE": page, "D": head_size, "D_PADDED": triton.next_power_of_2(head_size)}
+    return {"PAGE": page, "D": head_size, "D_PADDED": next_power_of_2(head_size)}
 
 
 _PREFIX = {torch.bfloat16: "", FP8: "e4m3-"}  # of a Config's name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from ..cope_reference import check_pos_emb
 from . import cope_split, cope_tile, launch, paged_decode
+from .integers import cdiv
 from .sparse_prefill import check, check_sequences
 
 # Up to so many new tokens a sequence are decoded: a key is read once for all of them.
@@ -101,7 +101,7 @@ def _decode(
     each, rows = kv_heads * made["ROW_TILES"], made["ROWS"]
     warps = cope_split.warps(rows)
     slots = paged_decode._slots(q.device, warps)
-    key_tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
+    key_tiles = cdiv(block_table.shape[1] * page, made["KEYS"])
     splits = made["SPLITS"] = paged_decode.most_splits(made["SEQS"], key_tiles, each, slots)
     floats = z.new_empty(seqs * each * splits * rows * (made["D_PADDED"] + 3))
     sums, bases, acc = floats.split(

@@ -17,6 +17,7 @@ from .cope_tile import PAGE, SIGNATURE, STEP_NUMBERS, STEP_TENSORS, shown, signa
 from .cope_walk import _gates, _walk
 from .decode_join import _join_splits
 from .decode_sums import _rows_of_keys, _tiles_of_chunk
+from .integers import cdiv, next_power_of_2
 from .launch import DTYPES, Config, Target, kernel, unspecialized
 from .split_decode import JOINED, max_rows
 
@@ -253,7 +254,7 @@ def constants(
     target: Target, head_size: int, *, group: int, page: int, tokens: int, splits: int, seqs: int
 ) -> dict[str, object]:
     """The constants of both launches for up to `tokens` query rows a sequence."""
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     rows = max(_used(head_size, group, tokens), 16)
     # With head size 256, 32 rows and as many keys spill 208 bytes on sm_90.
     keys = 64 if padded <= 128 else 512 // rows
@@ -264,9 +265,9 @@ def constants(
         "PAGE": page,
         "KEYS": keys,
         "ROWS": rows,
-        "ROW_TILES": triton.cdiv(group * tokens, rows),
+        "ROW_TILES": cdiv(group * tokens, rows),
         "SPLITS": splits,
-        "SEQS": triton.next_power_of_2(seqs),
+        "SEQS": next_power_of_2(seqs),
         "STAGES": 3 if target.backend == "cuda" else 1,
     }
 
@@ -276,13 +277,13 @@ def joining(
 ) -> dict[str, int]:
     """What the second launch is told beside: of how many rows it joins how many parts at once."""
     used = _used(head_size, group, tokens)
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     parts = min(max(JOINED * target.warp_size * warps // (used * padded), 1), 8)
     return {"USED": used, "PARTS": parts}
 
 
 def _used(head_size: int, group: int, tokens: int) -> int:
-    return min(triton.next_power_of_2(group * tokens), max_rows(head_size))
+    return min(next_power_of_2(group * tokens), max_rows(head_size))
 
 
 def warps(rows: int) -> int:

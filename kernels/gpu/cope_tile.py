@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .cope_walk import _walk
+from .integers import next_power_of_2
 from .launch import DTYPES, HEAD_SIZES, SERVING_DTYPES, Config, Target, kernel, unspecialized
 
 ROWS = 64
@@ -128,7 +129,7 @@ PAGE = 16  # tokens, vLLM's default on GPUs
 
 def constants(target: Target, head_size: int, *, group: int, page: int) -> dict[str, object]:
     """The constants of a launch; head_size, group and page are the model's and vLLM's."""
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     return {
         "GROUP": group,
         "D": head_size,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from ..linear_reference import check
+from .integers import cdiv, next_power_of_2
 from .launch import (
     DTYPES,
     SERVING_DTYPES,
@@ -134,8 +135,8 @@ def constants(
     leave some idle, 64, and then `splits`. Larger tiles read the activations out of L2 less often.
     """
     least = LEAST_ROWS[target.backend]
-    bm = min(max(triton.next_power_of_2(rows), least), MOST_ROWS)
-    bn = 2 * COLUMNS if triton.cdiv(n, 2 * COLUMNS) >= sms else COLUMNS
+    bm = min(max(next_power_of_2(rows), least), MOST_ROWS)
+    bn = 2 * COLUMNS if cdiv(n, 2 * COLUMNS) >= sms else COLUMNS
     # 128 bytes of each row of weights at the least, and up to 24 KiB of a tile of K.
     bk = 128 if bn == COLUMNS and bm <= 32 and target.backend == "cuda" else 64
     if dtype == torch.float32:
@@ -173,7 +174,7 @@ def splits_of(tiles: int, k_tiles: int, bm: int, bk: int, sms: int) -> int:
         return 1
     # Parts are 8 bytes of fp32, written and read, for each 2 K bytes of weights: a quarter at most.
     most = min(k_tiles, PROGRAMS_EACH_SM * sms // tiles, max(k_tiles * bk // (16 * bm), 1))
-    return min(range(1, most + 1), key=lambda s: triton.cdiv(k_tiles, s) + JOIN * (s - 1))
+    return min(range(1, most + 1), key=lambda s: cdiv(k_tiles, s) + JOIN * (s - 1))
 
 
 @cache
@@ -215,12 +216,12 @@ def flat_gemm(
         return out
     target, sms = target_of(x.device), sms_of(x.device)
     made = constants(target, x.dtype, rows, n, k, sms)
-    tiles = triton.cdiv(rows, made["BM"]) * triton.cdiv(n, made["BN"])
-    k_tiles = triton.cdiv(k, made["BK"])
+    tiles = cdiv(rows, made["BM"]) * cdiv(n, made["BN"])
+    k_tiles = cdiv(k, made["BK"])
     if splits is None:
         splits = splits_of(tiles, k_tiles, made["BM"], made["BK"], sms)
-    chunk = triton.cdiv(k_tiles, min(splits, k_tiles))
-    splits = triton.cdiv(k_tiles, chunk)  # none is empty
+    chunk = cdiv(k_tiles, min(splits, k_tiles))
+    splits = cdiv(k_tiles, chunk)  # none is empty
     floats, arrivals = out, out  # not touched without splits
     if splits > 1:
         workspace = workspace or shared_workspace(x.device)

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from ..linear_reference import check
 from .flat_gemm import SMS, WARPS, shown
+from .integers import cdiv
 from .launch import Config, Target, kernel, options, sms_of, target_of, unspecialized
 
 MOST_ROWS = 4
@@ -105,7 +106,7 @@ def _gemv(
 def constants(rows: int, n: int, k: int, sms: int) -> dict[str, object]:
     """The constants of a launch on a device with so many SMs."""
     bn = 16
-    while bn > 4 and triton.cdiv(n, bn) < PROGRAMS_EACH_SM * sms:
+    while bn > 4 and cdiv(n, bn) < PROGRAMS_EACH_SM * sms:
         bn //= 2
     bk = TILE // bn
     return {
@@ -136,7 +137,7 @@ def gemv(
         return out
     target_of(x.device)  # raises for a device that no kernel is made for
     made = constants(rows, n, k, sms_of(x.device))
-    programs = triton.cdiv(n, made["BN"]) * triton.cdiv(rows, made["ROWS"])
+    programs = cdiv(n, made["BN"]) * cdiv(rows, made["ROWS"])
     _gemv[(programs,)](
         x, weight, bias, out, rows, n, k, x.stride(0), weight.stride(0), out.stride(0),
         **made, **options(WARPS, made["STAGES"]),

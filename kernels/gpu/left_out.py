@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..paged_cache import FP8
 from . import launch
+from .integers import next_power_of_2
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -224,7 +225,7 @@ def _attend_left_out(
 
 def constants(head_size: int, *, group: int, page: int) -> dict[str, int]:
     """The constants of a launch; head_size, group and page are the model's and vLLM's."""
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     return {
         "GROUP": group,
         "D": head_size,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
 
 from .. import softmax_modes
 from ..shared_prefix import SharedPrefixes
 from . import launch, split_decode
+from .integers import cdiv, next_power_of_2
 from .shared_prefix import shared_prefixes
 from .sparse_prefill import check
 
@@ -40,7 +40,7 @@ class Workspace:
         """
         rows = split_decode.MAX_ROWS if head_size <= 128 else split_decode.MAX_ROWS // 2
         most = 16 * max(_slots(device, warps) for warps in PROGRAMS_EACH_SM)
-        self.take(most * rows * (triton.next_power_of_2(head_size) + 2), 1 << 16, device)
+        self.take(most * rows * (next_power_of_2(head_size) + 2), 1 << 16, device)
 
     def take(self, floats: int, places: int, device: torch.device) -> tuple[torch.Tensor, ...]:
         if self._floats is None or self._floats.numel() < floats or self._floats.device != device:
@@ -92,16 +92,17 @@ def warm_up(
     k_scale = torch.ones(1, **floats) if cache_dtype != dtype else None
     phi = torch.zeros(heads, **floats) if softmax == "unified" else None
     sink = torch.zeros(heads, **floats) if sinks else None
+    # Tiles are cut for the most rows, whatever a step has.
+    members = members_of(heads // kv_heads, head_size, most_rows) if shares else 0
     seqs = 1
     while True:
         for rows in range(1, most_rows + 1):
-            table = torch.zeros(seqs, triton.cdiv(longest, page), dtype=torch.int32, device=device)
+            table = torch.zeros(seqs, cdiv(longest, page), dtype=torch.int32, device=device)
             lens = torch.zeros(seqs, dtype=torch.int32, device=device)
             shared = None
-            if shares and seqs > 1:
+            if members > 1 and seqs > 1:
                 starts = torch.zeros(seqs + 1, dtype=torch.int32, device=device)
-                most = members_of(heads // kv_heads, head_size, rows)
-                shared = shared_prefixes(table, starts, lens, page=page, members=most)
+                shared = shared_prefixes(table, starts, lens, page=page, members=members)
             paged_decode(
                 torch.zeros(seqs, heads, head_size, dtype=dtype, device=device), k_cache, v_cache,
                 table, lens, scale=1.0, softmax=softmax, phi=phi, sinks=sink, window=window,
@@ -116,7 +117,7 @@ def warm_up(
 def members_of(group: int, head_size: int, max_query_len: int = 1) -> int:
     """Most sequences whose rows one program takes, where they share a prefix; below 2: none are."""
     rows = group * max_query_len
-    return split_decode.max_rows(head_size) // triton.next_power_of_2(rows)
+    return split_decode.max_rows(head_size) // next_power_of_2(rows)
 
 
 def most_splits(seqs: int, tiles: int, programs_each: int, slots: int, waves: int = 4) -> int:
@@ -124,9 +125,9 @@ def most_splits(seqs: int, tiles: int, programs_each: int, slots: int, waves: in
 
     It depends on nothing that changes between the replays of a graph.
     """
-    wanted = triton.cdiv(waves * slots, max(seqs * programs_each, 1))
+    wanted = cdiv(waves * slots, max(seqs * programs_each, 1))
     most = min(wanted, max(tiles, 1), split_decode.MAX_SPLITS)
-    return triton.next_power_of_2(max(most, 1))
+    return next_power_of_2(max(most, 1))
 
 
 def paged_decode(
@@ -226,11 +227,11 @@ def _launch(
     each = kv_heads * made["ROW_TILES"]
     warps, stages = split_decode.warps_and_stages(target, made["ROWS"], mode)
     slots = _slots(device, warps)
-    tiles = triton.cdiv(block_table.shape[1] * page, made["KEYS"])
+    tiles = cdiv(block_table.shape[1] * page, made["KEYS"])
     # Of tiles, few of which are there: room for two waves, as every place costs an idle program.
     waves = 4 if members is None else 2
     splits = made["SPLITS"] = most_splits(made["SEQS"], tiles, each, slots, waves)
-    slices = seqs * each * splits * made["ROWS"]
+    slices = seqs * each * splits * made["ROWS"] if splits > 1 else 0  # one writes its result
     floats, arrivals = workspace.take(slices * (made["D_PADDED"] + 2), seqs * each, device)
     prefix = prefix or (lse, lse, lse, seq_lens)  # not read without
     split_decode._split_decode[(each, seqs, splits)](

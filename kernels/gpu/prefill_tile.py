@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from ..paged_cache import FP8
+from .integers import next_power_of_2
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -274,7 +275,7 @@ def constants(
     target: Target, head_size: int, *, group: int, page: int, dense: bool, sinks: bool
 ) -> dict[str, object]:
     """The constants of a launch; head_size, group and page are the model's and vLLM's."""
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     # Without wgmma queries and probabilities are in registers, too.
     wgmma = target.backend == "cuda" and target.arch >= 90
     # Two blocks a step where keys and values of two steps fit beside the queries.

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import launch
+from .integers import next_power_of_2
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -33,7 +34,7 @@ STAGES = 3
 COUNTS = unspecialized(
     numbers=(
         "seq_len", "num_rows", "blocks_each", "num_columns", "num_heads", "num_chosen",
-        "chosen_row",
+        "chosen_row", "num_blocks",
     ),
     pointers=(
         "table", "positions", "heads", "tops", "sums", "lse", "base_from", "blocks", "squares",
@@ -153,7 +154,7 @@ def shape(head_size: int, group: int, page: int) -> dict[str, int]:
     return {
         "GROUP": group,
         "D": head_size,
-        "D_PADDED": triton.next_power_of_2(head_size),
+        "D_PADDED": next_power_of_2(head_size),
         "PAGE": page,
     }
 
@@ -161,8 +162,8 @@ def shape(head_size: int, group: int, page: int) -> dict[str, int]:
 def packing(rows: int, group: int, heads: int, head_size: int) -> dict[str, int]:
     """The constants of units whose heads have up to so many rows; `heads` is the layer's."""
     most = TILE_ROWS if head_size <= 128 else WIDE_TILE_ROWS
-    each = min(triton.next_power_of_2(group), max(most // rows, 1))
-    return {"HEADS": each, "ROWS": rows, "ALL_HEADS": triton.next_power_of_2(heads)}
+    each = min(next_power_of_2(group), max(most // rows, 1))
+    return {"HEADS": each, "ROWS": rows, "ALL_HEADS": next_power_of_2(heads)}
 
 
 def units(packed: dict[str, int], group: int, kv_heads: int) -> int:

@@ -11,6 +11,7 @@ import triton.language as tl
 from ..block_indices import BLOCK
 from ..shared_prefix import FEWEST, SharedPrefixes, page_compared, room
 from . import launch
+from .integers import next_power_of_2
 from .launch import Config, Target, kernel, unspecialized
 
 _AT_ONCE = 32  # sequences that a step of counting compares with all others
@@ -183,7 +184,7 @@ def constants(seqs: int, members: int, page: int) -> dict[str, int]:
     return {
         "PAGE": page,
         "KEYS": BLOCK,
-        "SEQS": triton.next_power_of_2(seqs),
+        "SEQS": next_power_of_2(seqs),
         "MEMBERS": members,
         "PAGES": PAGES,
         "AT_ONCE": _AT_ONCE,

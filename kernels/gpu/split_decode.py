@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .decode_join import _join, _join_splits
 from .decode_sums import HIGH, LOWEST_SUM, _sums, _tiles_of_chunk
+from .integers import cdiv, next_power_of_2
 from .launch import (
     DTYPES,
     HEAD_SIZES,
@@ -43,7 +44,10 @@ ONLINE, LAZY, UNIFIED = range(3)  # as softmax_modes.MODES has them
 # What changes from step to step compiles no code of its own; a batch's tensors may be parts of a
 # step's, which begin anywhere.
 STEP_NUMBERS = ("window", "slots", "num_seqs", "table_row")
-STEP_TENSORS = ("prefix_keys", "members", "block_table", "query_start_loc", "seq_lens")
+STEP_TENSORS = (
+    "prefix_lse", "prefix_top", "prefix_keys", "members", "block_table", "query_start_loc",
+    "seq_lens",
+)  # fmt: skip
 
 
 @triton.jit(**unspecialized(STEP_NUMBERS, ("k_scale", "v_scale", *STEP_TENSORS)))
@@ -266,7 +270,7 @@ PAGE = 16  # tokens, vLLM's default on GPUs
 
 def max_rows(head_size: int) -> int:
     """Most rows of a program: 64 of 256 accumulators spill 72 bytes on sm_90."""
-    return MAX_ROWS if triton.next_power_of_2(head_size) <= 128 else MAX_ROWS // 2
+    return MAX_ROWS if next_power_of_2(head_size) <= 128 else MAX_ROWS // 2
 
 
 def constants(
@@ -289,14 +293,14 @@ def constants(
     members: sequences whose rows a program takes, of a launch over shared prefixes; 0: it is one
     over sequences.
     """
-    padded = triton.next_power_of_2(head_size)
+    padded = next_power_of_2(head_size)
     keys = 64 if padded <= 128 else 32
     if target.backend == "hip" and mode == UNIFIED:
         keys //= 2  # 64 spill 36 to 224 bytes on gfx942
     rows = group * tokens * max(members, 1)
     most = max_rows(head_size)
     assert rows <= most or not members, (rows, most)
-    used = min(triton.next_power_of_2(rows), most)
+    used = min(next_power_of_2(rows), most)
     rows = max(used, 16)
     if members:  # few launches, of many rows
         used = rows
@@ -309,11 +313,11 @@ def constants(
         "PAGE": page,
         "KEYS": keys,
         "ROWS": rows,
-        "ROW_TILES": 1 if members else triton.cdiv(group * tokens, rows),
+        "ROW_TILES": 1 if members else cdiv(group * tokens, rows),
         "USED": used,
         "SPLITS": splits,
         "PARTS": parts,
-        "SEQS": triton.next_power_of_2(seqs),
+        "SEQS": next_power_of_2(seqs),
         "MODE": mode,
         "MEMBERS": members,
         "TOKENS": tokens if members else 1,

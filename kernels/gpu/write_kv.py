@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..paged_cache import FP8
 from . import launch
+from .integers import next_power_of_2
 from .launch import DTYPES, Config, Target, caches, kernel, named, scale_types, unspecialized
 
 WARPS, STAGES = 4, 2
@@ -85,8 +86,8 @@ def constants(heads: int, head_size: int, page: int) -> dict[str, int]:
     return {
         "PAGE": page,
         "D": head_size,
-        "D_PADDED": triton.next_power_of_2(head_size),
-        "HEADS_PADDED": triton.next_power_of_2(heads),
+        "D_PADDED": next_power_of_2(head_size),
+        "HEADS_PADDED": next_power_of_2(heads),
     }
 
 

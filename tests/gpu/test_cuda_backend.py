@@ -4,6 +4,7 @@ in for vLLM's own, which does not run without a GPU."""
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -165,6 +166,32 @@ def test_speculated_tokens_share_a_prefix(layer, short_prefixes):
     out, want, metadata = made.step(rows, prompts=[False] * 3, shared=10)
     torch.testing.assert_close(out, want, atol=2e-3, rtol=2e-3)
     assert metadata.shared.keys.tolist() == [128] * 3
+
+
+@pytest.mark.parametrize("break_even", [0, 1000], ids=["sparse", "dense"])
+def test_a_graph_finds_what_this_step_shares_where_prompts_end(layer, break_even, short_prefixes):
+    """vLLM replays graphs of decoding for ends of prompts that have as few rows."""
+    made = layer(break_even=break_even, shared_prefix=True, speculated=2)
+    rows = [(300, 3), (250, 3), (270, 3)]
+    _, _, first = made.step(rows, prompts=[False] * 3, shared=10)
+    held = first.shared  # the addresses that a captured graph has
+    assert held.keys.tolist() == [128] * 3
+    step = {}
+    attend = made.impl.attend
+
+    def watched(layer, q, k, v, cache, metadata, output):
+        step.update(q=q, cache=cache)
+        return attend(layer, q, k, v, cache, metadata, output)
+
+    made.impl.attend = watched
+    out, want, metadata = made.step(rows, prompts=[False, False, True], seed=7)
+    torch.testing.assert_close(out, want, atol=4e-3, rtol=4e-3)
+    assert not held.keys.any() and not held.tile_keys.any()
+    tokens = metadata.num_actual_tokens
+    replayed = torch.zeros_like(step["q"][:tokens])
+    graphs = replace(metadata, decodes=True, segments=None, shared=held)
+    made.impl.decode(made.layer, graphs, step["q"][:tokens], step["cache"], replayed)
+    torch.testing.assert_close(replayed, want, atol=2e-3, rtol=2e-3)
 
 
 def test_a_graph_is_captured_of_decoding_alone(layer):

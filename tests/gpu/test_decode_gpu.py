@@ -202,6 +202,15 @@ def test_a_workspace_serves_launch_after_launch(few_programs):
         assert not workspace._arrivals.any()
 
 
+def test_one_range_takes_no_room(monkeypatch):
+    """vLLM has measured memory by the time that a large batch is decoded."""
+    monkeypatch.setattr(module, "_slots", lambda *args: 1)
+    workspace = Workspace()
+    case = make_case([1] * 4, [900, 30, 64, 5], dtype=ANY_DTYPE)
+    assert_close(case, None, run(case, workspace=workspace)[0])
+    assert workspace._floats.numel() == 0
+
+
 def test_room_for_splits_follows_from_shapes_alone():
     assert most_splits(1, 4096, 8, 264) == 128
     assert most_splits(64, 4096, 8, 264) == 4

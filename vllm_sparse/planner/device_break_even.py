@@ -10,19 +10,21 @@ from pathlib import Path
 import torch
 
 from vllm_sparse import __version__
+from vllm_sparse.kernels.block_indices import BLOCK
 from vllm_sparse.kernels.gpu.sparse_prefill import sparse_prefill
 from vllm_sparse.kernels.paged_cache import FP8
 from vllm_sparse.patterns import ADAPTIVE, HeadPattern
 
-from .adaptive import PROBE_FROM
+from .adaptive import MAX_COLUMNS, PROBE_FROM
 from .break_even import NEVER, WORTH, cache_file, problem, settled
 from .device import plan_on_device
 
 Dense = Callable[..., object]
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536)
-# Tokens: more than a plan takes for short, and so many that it probes with rows of their own.
-WARM_UP = (1024, PROBE_FROM + 1)
+# Tokens: more than a plan takes for short; so many that it probes with rows of their own; and so
+# many that the last rows' columns are found in fewer blocks than there are.
+WARM_UP = (1024, PROBE_FROM + 1, MAX_COLUMNS * BLOCK + 1)
 # What planning reads follows from the keys, and dense attention's work from rows x keys: both grow
 # alike with the context, and no length makes up for few rows. So fewer rows are measured as well.
 FEWEST_ROWS = 256
@@ -82,8 +84,8 @@ def warm_up(
     shape = (dtype, head_size, num_heads, num_kv_heads)
     where = (page, device, sparse_prefill)
     forms = {"mean_correction": mean_correction, "cache_dtype": cache_dtype, "sinks": sinks}
-    short, long = WARM_UP
-    for pattern, length in ((ADAPTIVE, short), (ADAPTIVE, long), (FIXED, short)):
+    short = WARM_UP[0]
+    for pattern, length in (*((ADAPTIVE, n) for n in WARM_UP), (FIXED, short)):
         paths(*shape, length, short // 2 + 1, *where, pattern=pattern, **forms)[0]()
 
 
