@@ -185,15 +185,17 @@ class Actors:
 
 def spare_cpus() -> list[int]:
     """CPUs that the machine has and the calling thread is not bound to."""
-    with contextlib.suppress(OSError):
-        mine = os.sched_getaffinity(0)
-        return sorted(granted() - mine)
-    return []
+    return sorted(granted() - bound())
+
+
+def bound() -> set[int]:
+    """CPUs that the calling thread is bound to."""
+    return os.sched_getaffinity(0)
 
 
 def granted() -> set[int]:
     """CPUs that this container may use: what a fresh child process could be given."""
-    with open("/proc/1/status") as file:
+    with contextlib.suppress(OSError), open("/proc/1/status") as file:
         for line in file:
             if line.startswith("Cpus_allowed_list:"):
                 return numa.parse(line.split(":")[1])

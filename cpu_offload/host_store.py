@@ -340,11 +340,11 @@ class HostStore:
 
 
 class _Private:
-    """Memory of this process alone, in huge pages where the system has them."""
+    """Memory of this process alone, all of it taken, in huge pages where the system has them."""
 
     def __init__(self, nbytes: int):
         check_room(nbytes)
-        self._memory: torch.Tensor | None = allocate(nbytes + 64)
+        self._memory: torch.Tensor | None = allocate(nbytes + 64, touch=True)
         self.nbytes = nbytes
         self.address = aligned(self._memory.data_ptr())
 

@@ -13,6 +13,7 @@ import torch
 
 MAX_SEGMENT_ROWS = 1 << 16  # row numbers within a segment are 16 bits wide
 LINE = 64
+POPULATE_WRITE = 23  # MADV_POPULATE_WRITE of Linux, which mmap does not name
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -20,8 +21,10 @@ class StoreFull(MemoryError):
     """No segment is free, and none can be evicted."""
 
 
-def allocate(nbytes: int) -> torch.Tensor:
+def allocate(nbytes: int, touch: bool = False) -> torch.Tensor:
     """Zeroed memory for a store, uint8 [nbytes], in huge pages where the system has them.
+
+    `touch`: all of it is taken now, and not as it is written.
 
     Rows that are scattered over 4 KiB pages cost a page walk each; on 2 MiB pages reading runs
     1.1 to 1.25 times as fast (Zen 4).
@@ -31,7 +34,13 @@ def allocate(nbytes: int) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    made = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes)
+    if touch:
+        try:
+            memory.madvise(POPULATE_WRITE)
+        except OSError:  # a Linux before 5.14
+            made.zero_()
+    return made
 
 
 @dataclass(eq=False)

@@ -137,12 +137,13 @@ class CudaOffloadedLayer(OffloadedLayer):
             yield far[0], mine + 1
 
     def _host_rows(self, batch: Batch, segment: GpuSegment, layer: int) -> Rows:
-        """Those of a segment of one sequence, in a layer of the pool."""
+        """Those of a segment of one sequence, in a layer of the pool: the next layer may be of
+        another KV cache group, whose batch is another."""
         pool = self.host.pool
         slot = self.host.slots[batch.requests[segment.first]][self.place.store]
         computed = segment.seq_lens[0] - segment.query_lens[0]
         return Rows(
-            (batch.number, layer, slot), pool.part(layer), pool.store.of(slot).pages, computed
+            (self.host.number, layer, slot), pool.part(layer), pool.store.of(slot).pages, computed
         )
 
     def _asking(self, batch: Batch, segment: GpuSegment, query: torch.Tensor, page: int) -> Asking:

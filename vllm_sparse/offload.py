@@ -6,7 +6,6 @@ the device's rows here and to those between in the host's pool, at the same time
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,9 +48,9 @@ class Batch:
 
     requests: list[str]  # of each sequence
     near: dict[int, Near] = field(default_factory=dict)  # by the first of the sequences
-    # Over host pages, and which of them are unpacked for it.
-    segments: dict[int, tuple[Segment, list[int]]] = field(default_factory=dict)
-    number: int = field(default_factory=itertools.count().__next__)  # no other has it
+    # By first sequence, number of them, and kind, as layers that are dense cut a step otherwise:
+    # over host pages, and which of these are unpacked for it.
+    segments: dict[tuple[int, int, bool], tuple[Segment, list[int]]] = field(default_factory=dict)
 
 
 class OffloadedLayer:
@@ -129,7 +128,7 @@ class OffloadedLayer:
         there."""
         pool = self.host.pool
         packed = pool.layout.dtype == torch.int8
-        key = (segment.first << 1) | segment.sparse
+        key = segment.first, len(segment.query_lens), segment.sparse
         if key not in batch.segments:
             who = batch.requests[segment.first : segment.first + len(segment.query_lens)]
             table = pool.block_table([self.host.slots[r][self.place.store] for r in who])

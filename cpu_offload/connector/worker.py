@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    get_tp_group,
+)
 from vllm.platforms import current_platform
 
 from vllm_sparse import log
@@ -12,9 +18,10 @@ from vllm_sparse.layer_names import layer_index
 from vllm_sparse.stats import STATS
 
 from .. import numa
-from ..actors import granted, spare_cpus
+from ..actors import bound, granted
 from ..kv_spec import OffloadWindowSpec
 from ..layout import Layout
+from ..memory import available_memory
 from ..mirror import HostKV
 from ..pool import PAGE_ROWS, Pool
 from ..step import Step
@@ -50,6 +57,14 @@ def ranks() -> int:
     return get_tensor_model_parallel_world_size()
 
 
+def of_all_ranks(mine: Any) -> list[Any]:
+    """What each of the workers says, in the order of their ranks; waits for all of them."""
+    said = [mine] * ranks()
+    if len(said) > 1:
+        torch.distributed.all_gather_object(said, mine, group=get_tp_group().cpu_group)
+    return said
+
+
 class WorkerSide:
     def __init__(self, vllm_config, kv_cache_config) -> None:
         global _WORKER
@@ -80,6 +95,9 @@ class WorkerSide:
             max_tokens=model.max_model_len,
             max_requests=scheduler.max_num_seqs,
             ranks=ranks(),
+            # Each would read another number, and the first takes its part of it.
+            free=min(of_all_ranks(available_memory())),
+            engines=vllm_config.parallel_config.data_parallel_size_local or 1,
         )
         self.shape = {
             "heads": model.get_num_attention_heads(vllm_config.parallel_config),
@@ -91,9 +109,7 @@ class WorkerSide:
             "max_tokens": model.max_model_len,
         }
         self.config, self.pages, self.layouts = config, pages, layouts
-        self.cpus = None  # of each actor
-        if config.actors == "numa":
-            self.cpus = numa.by_node(spare_cpus() or granted())
+        self.cpus = self._cpus_of_actors()
         pool, *others = self.make_pools()
         mirror = others[0] if others else None
         self.host = HostKV(sorted(offloaded), sorted(resident), pool, mirror)
@@ -114,6 +130,17 @@ class WorkerSide:
         self.kv_caches: dict = {}
         self.reported: dict[str, float] = {}
         _WORKER = self
+
+    def _cpus_of_actors(self) -> list[list[int]] | None:
+        """The CPUs of each actor, which no rank computes on; None: there are no actors."""
+        if not self.config.actors:
+            return None
+        said = of_all_ranks((granted(), bound()))
+        spare = sorted(set.union(*(a for a, _ in said)) - set.union(*(b for _, b in said)))
+        mine = spare[self.rank :: len(said)]
+        if self.config.actors == "numa":
+            return numa.by_node(mine or granted())
+        return numa.divide(mine, self.config.actors)
 
     def make_pools(self) -> list[Pool]:
         """Empty stores: of the offloaded layers, and of the resident ones, if any."""

@@ -10,6 +10,7 @@ from cuda_layer import HEADS, KV_HEADS, PAGE, PAGES, SIZE, Layer
 from gpu_cases import HAS_GPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pools import fill, make_pool
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -100,6 +101,34 @@ def test_rooms_take_turns_and_what_was_copied_ahead_is_not_copied_again():
     five = take(5, 5.0)  # another one came ahead
     assert (three == 3).all() and (five == 5).all()
     assert one.data_ptr() == three.data_ptr() != two.data_ptr() == five.data_ptr()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_each_layer_of_a_prompt_is_copied_once_whatever_group_it_is_of(groups, monkeypatch):
+    """A layer that stays on the device puts the others into groups of their own."""
+    pool = make_pool(layers=4, kv_heads=2, max_tokens=1024)
+    slot = fill(pool, "r", 512)
+    staging = Staging(pool.layout, 1024, torch.float32, CPU)
+    copied = []
+    copy = staging._fill
+    monkeypatch.setattr(
+        staging, "_fill", lambda room, rows: copied.append(rows.name[1]) or copy(room, rows)
+    )
+    host = SimpleNamespace(pool=pool, slots={"r": [slot]}, number=1)
+    segment = SimpleNamespace(first=0, seq_lens=[600], query_lens=[88])
+    new = torch.zeros(88, 2, pool.layout.head_size)
+    for step in (1, 2):
+        host.number = step
+        batches = [Batch(["r"]) for _ in range(groups)]
+        for number in range(4):
+            made = object.__new__(cuda_offload.CudaOffloadedLayer)
+            made.host, made.place = host, SimpleNamespace(store=0, layer=number)
+            following = made._following([segment])
+            staging.take(made._host_rows(batches[number % groups], segment, number), new, new)
+            for after in following:
+                staging.ahead(made._host_rows(batches[number % groups], *after))
+    assert copied == [0, 1, 2, 3] * 2
+    pool.shutdown()
 
 
 def test_a_buffer_is_kept_until_it_is_too_small():

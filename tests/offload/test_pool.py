@@ -134,6 +134,14 @@ def test_a_shared_page_is_copied_before_rows_are_written_over(pool):
     assert torch.equal(pool.read(slot, 0, 0, 128)[0], some(128)[0])
 
 
+def test_memory_of_a_process_alone_is_taken_at_the_start():
+    """Taken as rows come, it could be missing in the middle of requests."""
+    before = psutil.Process().memory_info().rss
+    pool = make_pool(host_bytes=256 << 20)
+    assert psutil.Process().memory_info().rss - before > 250 << 20
+    pool.shutdown()
+
+
 def test_a_full_store_says_so_and_changes_nothing():
     pool = make_pool(host_bytes=4 * 2 * 2 * 64 * 2 * 64 * 4)  # four pages
     assert pool.capacity().pages == 4

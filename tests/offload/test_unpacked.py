@@ -106,3 +106,21 @@ def test_segments_read_what_the_rows_mean(lengths):
                 torch.testing.assert_close(out[i * new + row], want, rtol=1e-4, atol=1e-4)
     assert len(batch.segments) == 1
     pool.shutdown()
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
+def test_layers_that_cut_a_step_otherwise_read_their_own_segments(kv_dtype):
+    """A short prompt, dense, before a long one: where a layer is always dense they are one."""
+    pool = make_pool(kv_dtype=kv_dtype)
+    slots = [fill(pool, str(n), n, seed=n) for n in (100, 300)]
+    layer = object.__new__(OffloadedLayer)
+    layer.host = SimpleNamespace(pool=pool, slots={"a": [slots[0]], "b": [slots[1]]})
+    layer.place, batch = Place(0, 0), Batch(["a", "b"])
+    for query_lens in ([100], [100, 300], [100]):
+        got, keys, _ = layer.segment(batch, Segment(0, query_lens, sparse=False))
+        assert got.query_lens == query_lens and len(got.block_table) == len(query_lens)
+        for row, slot, length in zip(got.block_table, slots, query_lens, strict=False):
+            pages = keys[row[: -(-length // 64)].long()].transpose(1, 2)
+            want = pool.read(slot, 0, 0, length)[0].float()
+            assert torch.equal(pages.flatten(0, 1)[:length].float(), want)
+    pool.shutdown()
