@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import numa, ring
-from .actors import Actors, ProcessHandle, ThreadHandle, spare_cpus, tasks_for
+from .actors import Actors, ProcessHandle, ThreadHandle, shut_down, spare_cpus, tasks_for
 from .host_store import HostStore
 from .layout import PAGE_ROWS, Layout
 from .ring import Ring
@@ -122,7 +122,7 @@ class Pool:
                 self.store.close()
                 raise
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._ring if actors else None, self._actors, self.store
+            self, shut_down, os.getpid(), self._ring if actors else None, self._actors, self.store
         )
 
     def _make_ring(self, actors: int, spin_s: float) -> Ring:
@@ -390,11 +390,3 @@ class Pool:
         else:
             self._finalizer()
         self._open_tickets.clear()
-
-
-def _shut_down(ring: Ring | None, actors: Actors | None, store: HostStore) -> None:
-    if ring is not None:
-        ring.close()
-    if actors is not None:
-        actors.stop()
-    store.close()
