@@ -103,7 +103,7 @@ void append_piece(const Host& h, const HostAppend& a, const HostPiece& p, float*
              scaled ? scales + 2 * n + 1 : &unused, To());
   }
   if (h.sampler == kExact) return;
-  const Sketch s(h, a.layer, p.page, p.kv_head);
+  const Sketch s(h, a.layer, p.page * h.part_bytes, p.kv_head);
   float* x = scratch;  // [kHashRows, D] keys less their centre
   if (p.row == 0 && p.centre != nullptr) {
     std::memcpy(s.centre, p.centre, size * sizeof(float));
