@@ -11,9 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from . import numa
+from .ring import Ring
 from .worker import Server, Task
+
+if TYPE_CHECKING:  # Ray's actors load this file, and no torch
+    from .host_store import HostStore
 
 logger = logging.getLogger("vllm_sparse.offload")
 
@@ -181,6 +186,19 @@ class Actors:
                 self._watch(i, -1)
                 handle.stop()
             self._handles[i] = None
+
+
+def shut_down(owner: int, ring: Ring | None, actors: Actors | None, store: HostStore) -> None:
+    """End what a pool has started and give its memory back, in the process that made it alone: a
+    child that was forked from it has the finalizers too, but the ring and the actors are not its
+    own."""
+    if os.getpid() != owner:
+        return
+    if ring is not None:
+        ring.close()
+    if actors is not None:
+        actors.stop()
+    store.close()
 
 
 def spare_cpus() -> list[int]:

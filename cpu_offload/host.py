@@ -101,12 +101,13 @@ def load(file: str) -> ctypes.CDLL:
     library.vllm_sparse_ring_bytes.argtypes = [_ptr, _i64, _i64]
     library.vllm_sparse_ring_bytes.restype = _i64
     for name, *arguments in (
-        ("ask", _ptr, _ptr, _ptr), ("collect", _ptr, _ptr, _ptr), ("serve", _ptr, _ptr, _i64, _i64),
-        ("close", _ptr, _ptr), ("beat", _ptr, _ptr, _i64), ("busy_ns", _ptr, _ptr, _i64),
-        ("items", _ptr, _ptr, _i64),
+        ("ask", _ptr, _ptr, _ptr), ("collect", _ptr, _ptr, _ptr), ("start", _ptr, _ptr, _i64),
+        ("serve", _ptr, _ptr, _i64, _i64, _i64), ("close", _ptr, _ptr), ("beat", _ptr, _ptr, _i64),
+        ("busy_ns", _ptr, _ptr, _i64), ("items", _ptr, _ptr, _i64),
     ):  # fmt: skip
         getattr(library, f"vllm_sparse_ring_{name}").argtypes = arguments
-    library.vllm_sparse_ring_close.restype = None
+    for name in ("ask", "close", "start"):
+        getattr(library, f"vllm_sparse_ring_{name}").restype = None
     for name in ("beat", "busy_ns", "items"):
         getattr(library, f"vllm_sparse_ring_{name}").restype = _i64
     library.vllm_sparse_offload_isa.restype = ctypes.c_char_p

@@ -216,7 +216,10 @@ class HostStore:
         a.k_row_stride, a.k_head_stride = k.stride()[:2]
         a.v_row_stride, a.v_head_stride = v.stride()[:2]
         library = load(self.file)
-        if library.vllm_sparse_host_append(ctypes.addressof(self._host), ctypes.addressof(a)) != 0:
+        code = library.vllm_sparse_host_append(ctypes.addressof(self._host), ctypes.addressof(a))
+        if code == 2:
+            raise StoreLost("append: the page lists in the region were overwritten")
+        if code != 0:
             raise StoreLost(
                 "append: out of memory for the kernel's scratch buffers, with a part of the rows "
                 "written"

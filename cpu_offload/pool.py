@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import numa, ring
-from .actors import Actors, ProcessHandle, ThreadHandle, spare_cpus, tasks_for
+from .actors import Actors, ProcessHandle, ThreadHandle, shut_down, spare_cpus, tasks_for
 from .host_store import HostStore
 from .layout import PAGE_ROWS, Layout
 from .ring import Ring
@@ -50,7 +50,7 @@ class Pool:
         cpus: of each actor; None: those of this machine that the calling thread is not bound to,
             divided among them, each one's on one NUMA node where there are enough actors; where
             there are none, any. An actor takes memory from its CPUs' nodes alone.
-        threads: of each actor; None: one for each of its CPUs, or one.
+        threads: of each actor, at most 256; None: one for each of its CPUs, or one.
         max_requests: that are open at a time.
         max_tokens: of one request.
         deadline_s: seconds without an answer after which the worker answers in an actor's place.
@@ -99,6 +99,7 @@ class Pool:
             shared=kind in ("process", "ray"), pinned=pinned,
         )  # fmt: skip
         self._open_tickets: set[int] = set()
+        self._newest = 0
         self._counts = dict.fromkeys(
             ("tickets", "rows_read", "rows_there", "items", "items_own", "items_rescued", "late"), 0
         )
@@ -122,7 +123,7 @@ class Pool:
                 self.store.close()
                 raise
         self._finalizer = weakref.finalize(
-            self, _shut_down, self._ring if actors else None, self._actors, self.store
+            self, shut_down, os.getpid(), self._ring if actors else None, self._actors, self.store
         )
 
     def _make_ring(self, actors: int, spin_s: float) -> Ring:
@@ -287,7 +288,8 @@ class Pool:
     ) -> Ticket:  # fmt: skip
         """Ask for attention of one token of each request over its rows first .. last - 1.
 
-        At most two tickets may be open. The rows asked for must stay until it is collected.
+        At most two tickets may be open, the last two. The rows asked for must stay until it is
+        collected.
 
         Args:
             q: [B, heads, head_size].
@@ -307,6 +309,9 @@ class Pool:
             )
         if len(self._open_tickets) >= OPEN_TICKETS:
             raise RuntimeError(f"submit: {OPEN_TICKETS} tickets are open; collect one first")
+        if self._open_tickets and self._newest not in self._open_tickets:
+            # It would be written over: slots take turns.
+            raise RuntimeError("submit: collect the ticket before the last one first")
         q = q.detach().cpu().contiguous()
         number = -1
         if self._ring is not None:
@@ -314,6 +319,7 @@ class Pool:
             kind = 0 if kept.dtype == torch.float32 else 1
             number = self._ring.ask(ring.ATTEND, layer, kept.data_ptr(), kind, slots, first, last)
             self._open_tickets.add(number)
+            self._newest = number
         return Ticket(number, layer, q, tuple(slots), tuple(first), tuple(last))
 
     def collect(self, ticket: Ticket, out: torch.Tensor, lse: torch.Tensor) -> None:
@@ -390,11 +396,3 @@ class Pool:
         else:
             self._finalizer()
         self._open_tickets.clear()
-
-
-def _shut_down(ring: Ring | None, actors: Actors | None, store: HostStore) -> None:
-    if ring is not None:
-        ring.close()
-    if actors is not None:
-        actors.stop()
-    store.close()

@@ -14,6 +14,7 @@ import numpy as np
 from .host import HostShape, StoreLost, load, struct
 
 ATTEND, ECHO = 0, 1
+MOST_THREADS = 256  # of an actor; kThreads in csrc/ring.h
 SPIN = 100e-6  # seconds before sleeping: longer than most answers' way, shorter than a layer's work
 
 _i64, _ptr = ctypes.c_int64, ctypes.c_void_p
@@ -109,25 +110,37 @@ class Ring:
             out, lse: addresses of float32 [B, heads, head_size] and [B, heads].
 
         Raises:
-            StoreLost: out of memory for the kernels' scratch buffers; the ticket stays open.
+            StoreLost: out of memory for the kernels' scratch buffers, or what says where rows lie
+                was written over; the ticket stays open.
         """
         c = self._collect
         c.ticket, c.out, c.lse, c.deadline_ns = ticket, out, lse, int(deadline_s * 1e9)
-        if self._library.vllm_sparse_ring_collect(*self._arguments, self._collect_at) != 0:
+        code = self._library.vllm_sparse_ring_collect(*self._arguments, self._collect_at)
+        if code == 1:
             raise StoreLost(
                 "collect: out of memory for the kernel's scratch buffers, with a part of the "
                 "answers given"
             )
+        if code == 2:
+            raise StoreLost("collect: the page lists or questions in the region were overwritten")
         ended = [a for a in range(self.actors) if c.ended >> a & 1] if c.ended else []
         return Answers(c.rows_read, c.rows_there, c.own, c.rescued, bool(c.late), ended, c.wait_ns)
 
-    def serve(self, actor: int, seconds: float) -> bool:
+    def start(self, actor: int) -> None:
+        """To be called before an actor's threads serve, and after those of its last start ended."""
+        self._library.vllm_sparse_ring_start(*self._arguments, actor)
+
+    def serve(self, actor: int, thread: int, seconds: float) -> bool:
         """Answer tickets for a while; False when the ring is closing.
+
+        Args:
+            thread: of the actor, below MOST_THREADS; no two that serve have the same.
 
         Raises:
             MemoryError: for the kernels' scratch buffers.
         """
-        code = self._library.vllm_sparse_ring_serve(*self._arguments, actor, int(seconds * 1e9))
+        ns = int(seconds * 1e9)
+        code = self._library.vllm_sparse_ring_serve(*self._arguments, actor, thread, ns)
         if code == 1:
             raise MemoryError("serve: out of memory for the kernel's scratch buffers")
         return code == 0

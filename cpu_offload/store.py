@@ -252,7 +252,8 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[..., D] -> integers from -127 to 127, still floats, and the scale of each row fp32 [...]."""
     x = x.float()
     scale = x.abs().amax(-1) / 127
-    scale = scale.masked_fill(scale == 0, 1.0)
+    # A subnormal scale would be too coarse for 127 steps.
+    scale = scale.masked_fill(scale < torch.finfo(torch.float32).tiny, 1.0)
     return (x / scale[..., None]).round(), scale
 
 

@@ -18,7 +18,7 @@ import threading
 from . import numa
 from .host import HostShape
 from .region import Attached
-from .ring import Ring
+from .ring import MOST_THREADS, Ring
 
 logger = logging.getLogger("vllm_sparse.offload")
 
@@ -47,7 +47,7 @@ class Task:
         return json.dumps(dataclasses.asdict(self))
 
     def with_threads(self, threads: int) -> Task:
-        return dataclasses.replace(self, threads=threads)
+        return dataclasses.replace(self, threads=min(threads, MOST_THREADS))
 
     @classmethod
     def from_json(cls, text: str) -> Task:
@@ -77,15 +77,20 @@ class Server:
     def run(self) -> None:
         """Serve with all threads; returns when it is over."""
         self._settle()
+        self.ring.start(self.task.actor)
         others = [
-            threading.Thread(target=self._serve, daemon=True, name=f"vllm-sparse-{i}")
+            threading.Thread(target=self._serve, args=(i,), daemon=True, name=f"vllm-sparse-{i}")
             for i in range(1, self.task.threads)
         ]
         for thread in others:
             thread.start()
-        self._serve()
-        for thread in others:
-            thread.join()
+        try:
+            self._serve(0)
+        finally:
+            # Where this one fails the actor is started again, which must not find others serving.
+            self._stopped.set()
+            for thread in others:
+                thread.join()
 
     def _settle(self) -> None:
         """Put this thread, and those that it starts, on the task's CPUs and memory."""
@@ -108,9 +113,9 @@ class Server:
         """Give back the descriptor of the owner's process."""
         os.close(self._owner)
 
-    def _serve(self) -> None:
+    def _serve(self, thread: int) -> None:
         while not self._stopped.is_set() and not self._orphaned():
-            if not self.ring.serve(self.task.actor, TURN):
+            if not self.ring.serve(self.task.actor, thread, TURN):
                 return
 
     def _orphaned(self) -> bool:

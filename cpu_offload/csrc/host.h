@@ -30,6 +30,18 @@ struct Host {
   const float* log_inclusion;  // ln u at kInclusionSteps + 1 cosines from -1 to 1
 };
 
+namespace {
+
+// Number `at` of a request's page numbers; -1 where that is no page's. The memory is shared, and what
+// is written over it by mistake is not to be read through, or written through: read once, then looked
+// at.
+inline int64_t page_of(const Host& h, const int32_t* pages, int64_t at) {
+  const int64_t page = __atomic_load_n(pages + at, __ATOMIC_RELAXED);
+  return page >= 0 && page < h.pages ? page : -1;
+}
+
+}  // namespace
+
 // One token's query heads of one KV head of a request.
 struct HostItem {
   int64_t layer, kv_head, slot;
@@ -37,8 +49,10 @@ struct HostItem {
   const float* q;       // [G, D]
   float* out;           // [G, D]
   float* lse;           // [G]
-  int64_t rows_read;    // written
+  int64_t rows_read;    // written; kLost: nothing else is
 };
+
+constexpr int64_t kLost = -1;  // what says where the rows lie was written over
 
 // Rows to be kept: `count` jobs of rows of one request each, in one layer.
 struct HostAppend {

@@ -11,7 +11,8 @@
 
 using namespace vllm_sparse;
 
-// 0; 1: memory ran out. Pages were given to the requests before.
+// 0; 1: memory ran out; 2: the page lists were written over, and nothing is kept. Pages were given
+// to the requests before.
 VLLM_SPARSE_API int vllm_sparse_host_append(const Host* host, const HostAppend* append) {
   constexpr int64_t kFirm = 32;  // rows whose mean a page is centred by; fewer take the page before
   const Host& h = *host;
@@ -24,14 +25,17 @@ VLLM_SPARSE_API int vllm_sparse_host_append(const Host* host, const HostAppend* 
       for (int64_t done = 0; done < job[2];) {
         const int64_t row = job[1] + done, within = row & (size - 1);
         const int64_t count = std::min(size - within, job[2] - done);
+        const int64_t page = page_of(h, pages, row >> h.shift);
+        const int64_t before = row < size ? 0 : page_of(h, pages, (row >> h.shift) - 1);
+        if (page < 0 || before < 0) return 2;
         for (int64_t head = 0; head < h.kv_heads; ++head) {
           const float* centre = nullptr;
           if (within == 0 && row > 0 && count < kFirm) {
             centre = reinterpret_cast<const float*>(
                 h.parts + append->layer * h.layer_bytes +
-                pages[(row >> h.shift) - 1] * h.part_bytes + h.index_at + head * h.index_bytes);
+                before * h.part_bytes + h.index_at + head * h.index_bytes);
           }
-          work.push_back({pages[row >> h.shift], head, within, count, job[3] + done, centre});
+          work.push_back({page, head, within, count, job[3] + done, centre});
         }
         done += count;
       }

@@ -57,11 +57,29 @@ inline void keep_row(const From* from, int64_t n, char* to, float*, To) {
 
 template <class From>
 inline void keep_row(const From* from, int64_t n, char* to, float* scale, Int8) {
-  float most = 0.0f;
-  for (int64_t d = 0; d < n; ++d) most = std::fmax(most, std::fabs(to_float(from[d])));
-  *scale = most > 0.0f ? most / 127.0f : 1.0f;
-  for (int64_t d = 0; d < n; ++d) {
-    to[d] = static_cast<int8_t>(std::lrint(to_float(from[d]) / *scale));
+  typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+  constexpr int32_t kInfinite = 0x7f800000;
+  IVec largest = {};  // as bits, which are in the order of the magnitudes; NaN above infinity
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const IVec bits = (IVec)load_row(from + d) & 0x7fffffff;
+    largest = bits > largest ? bits : largest;
+  }
+  int32_t most = 0;
+  for (int i = 0; i < kLanes; ++i) most = largest[i] > most ? largest[i] : most;
+  if (most >= kInfinite) {
+    // No integer is not finite: the scale says so, and whatever is computed from the row.
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::memset(to, 0, n);
+    return;
+  }
+  // Of a row of almost nothing the scale would be subnormal, too coarse for 127 steps.
+  const float step = bits_to_float(most) / 127.0f;
+  *scale = step >= std::numeric_limits<float>::min() ? step : 1.0f;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  for (int64_t d = 0; d < n; d += kLanes) {
+    const Vec rounded = (load_row(from + d) / *scale + magic) - magic;
+    const Bytes bytes = __builtin_convertvector(__builtin_convertvector(rounded, IVec), Bytes);
+    std::memcpy(to + d, &bytes, sizeof(bytes));
   }
 }
 
@@ -85,7 +103,7 @@ void append_piece(const Host& h, const HostAppend& a, const HostPiece& p, float*
              scaled ? scales + 2 * n + 1 : &unused, To());
   }
   if (h.sampler == kExact) return;
-  const Sketch s(h, a.layer, p.page, p.kv_head);
+  const Sketch s(h, a.layer, p.page * h.part_bytes, p.kv_head);
   float* x = scratch;  // [kHashRows, D] keys less their centre
   if (p.row == 0 && p.centre != nullptr) {
     std::memcpy(s.centre, p.centre, size * sizeof(float));

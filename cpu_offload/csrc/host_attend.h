@@ -104,7 +104,12 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
   // Row numbers stay those of the request; only the pages that are read are looked up.
   const int64_t first_page = item.first >> h.shift;
   for (int64_t p = first_page; p << h.shift < item.last; ++p) {
-    s.segments[p - first_page] = pages[p] * h.part_bytes;
+    const int64_t page = page_of(h, pages, p);
+    if (page < 0) {
+      item.rows_read = kLost;
+      return;
+    }
+    s.segments[p - first_page] = page * h.part_bytes;
   }
   view.segments = s.segments - first_page;
 
@@ -124,7 +129,7 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
   const auto small = [&] { return budgeted ? most < rows : most * kSmall < rows; };
   const float even = h.sampler == kTopK ? 0.0f : h.even;
   const Weights& weights = s.weights;
-  if (h.sampler == kExact || !small() || !expect_weights(h, item, r, s.expected, even, weights)) {
+  if (h.sampler == kExact || !small() || !expect_weights(h, item, r, view.segments, s.expected, even, weights)) {
     return read_all();
   }
 

@@ -40,10 +40,10 @@ struct Expected {
 // 4 KB ahead or into the first level nothing.
 class SketchFeed {
  public:
-  SketchFeed(const Host& h, const HostItem& item, const HostRange& r)
+  SketchFeed(const Host& h, const HostItem& item, const HostRange& r, const int64_t* segments)
       : h_(h),
         item_(item),
-        pages_(h.table + item.slot * h.max_pages),
+        segments_(segments),
         end_(r.base + r.count),
         bytes_(sketch_bytes(h)),
         ahead_((kAheadBytes << h.shift) / bytes_ / kStep * kStep) {
@@ -59,7 +59,7 @@ class SketchFeed {
   void step(int64_t row) const {
     if (row >= end_) return;
     const int64_t within = row & ((int64_t{1} << h_.shift) - 1);
-    const Sketch s(h_, item_.layer, pages_[row >> h_.shift], item_.kv_head);
+    const Sketch s(h_, item_.layer, segments_[row >> h_.shift], item_.kv_head);
     const char* from = reinterpret_cast<const char*>(s.centre);
     const int64_t begin = bytes_ * within >> h_.shift, end = bytes_ * (within + kStep) >> h_.shift;
     fetch_lines(from + begin / 64 * 64, end - begin / 64 * 64);
@@ -67,7 +67,7 @@ class SketchFeed {
 
   const Host& h_;
   const HostItem& item_;
-  const int32_t* pages_;
+  const int64_t* segments_;
   int64_t end_, bytes_, ahead_;
 };
 
@@ -159,13 +159,14 @@ inline bool level_pages(const Expected& x, int64_t group, int64_t count, float m
 
 // The share of the group's mass that each row is expected to hold, by a part of `even` that all
 // hold alike: they add up to 1. False where that is not known, as some number is not finite.
+// `segments`: of the request's pages.
 inline bool expect_weights(const Host& h, const HostItem& item, const HostRange& r,
-                           const Expected& x, float even, const Weights& w) {
+                           const int64_t* segments, const Expected& x, float even,
+                           const Weights& w) {
   if (!sketch_query(item.q, h.group, h.head_size, h.scale, x.query)) return false;
-  const int32_t* pages = h.table + item.slot * h.max_pages;
   const int64_t end = r.base + r.count, first_page = r.base >> h.shift;
   const int group = static_cast<int>(h.group);
-  const SketchFeed feed(h, item, r);
+  const SketchFeed feed(h, item, r, segments);
   const auto for_pages = [&](const auto& with) {
     for (int64_t row = r.base; row < end;) {
       const int64_t page = row >> h.shift, after = (page + 1) << h.shift;
@@ -175,7 +176,7 @@ inline bool expect_weights(const Host& h, const HostItem& item, const HostRange&
     }
   };
   for_pages([&](int64_t page, int64_t row, int64_t stop) {
-    const Sketch sketch(h, item.layer, pages[page], item.kv_head);
+    const Sketch sketch(h, item.layer, segments[page], item.kv_head);
     for_heads(group, [&](int g, auto heads) {
       expect_page<heads>(h, item, r, x, sketch, feed, g, page - first_page, row, stop);
     });

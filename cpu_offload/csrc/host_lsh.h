@@ -53,14 +53,13 @@ constexpr uint8_t kDrawn = 1, kHit = 2;
 
 // Marks the rows of a range that share at least two buckets with the query; returns how many.
 inline int64_t mark_hits(const Host& h, const HostItem& item, const HostRange& r,
-                         const HashScratch& s) {
-  const int32_t* pages = h.table + item.slot * h.max_pages;
+                         const int64_t* segments, const HashScratch& s) {
   const int64_t page_rows = int64_t{1} << h.shift;
   int64_t count = 0;
   for (int64_t page = r.first >> h.shift; page << h.shift < r.last; ++page) {
     const bool more = (page + 1) << h.shift < r.last;
-    const Sketch sketch(h, item.layer, pages[page], item.kv_head);
-    const Sketch next(h, item.layer, pages[page + more], item.kv_head);
+    const Sketch sketch(h, item.layer, segments[page], item.kv_head);
+    const Sketch next(h, item.layer, segments[page + more], item.kv_head);
     count_hits(sketch.codes, next.codes, s.codes, h.tables, page_rows, s.hits);
     const int64_t start = page << h.shift;
     const int64_t begin = r.first > start ? r.first - start : 0;
@@ -100,7 +99,7 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
   hash_query(a, lsh);
   std::memset(s.marks, 0, r.count);
   for (int64_t n = 0; n < chosen->count; ++n) s.marks[chosen->rows[n] - r.base] = kDrawn;
-  const int64_t hits = mark_hits(h, item, r, s);
+  const int64_t hits = mark_hits(h, item, r, view.segments, s);
   const double part = hits > room ? static_cast<double>(room) / hits : 1.0;
   double sum = 0.0, next = hits > room ? u : 0.0;
   chosen->count = 0;
@@ -112,7 +111,6 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
     }
     if (take) chosen->enter(r.base + i, 0.0f);
   });
-  const int32_t* pages = h.table + item.slot * h.max_pages;
   const auto key = [&](int64_t n) {
     return reinterpret_cast<const T*>(view.rows +
                                       row_offset(view, chosen->rows[n], view.row_bytes));
@@ -128,7 +126,7 @@ void choose_lsh(const Host& h, const HostItem& item, const HostRange& r, const H
       fetch(first + n + kChosenAhead);
       const int64_t row = chosen->rows[first + n];
       drawn[n] = weights[row - r.base] * c;
-      const Sketch sketch(h, item.layer, pages[row >> h.shift], item.kv_head);
+      const Sketch sketch(h, item.layer, view.segments[row >> h.shift], item.kv_head);
       const float scale = std::is_same<T, Int8>::value ? row_scales(view, row)[0] : 1.0f;
       hit[n] = inclusion(a, key(first + n), sketch.centre, scale, lsh.direction).log_prob;
     }

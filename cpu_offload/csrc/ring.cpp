@@ -10,13 +10,13 @@
 #include <climits>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <new>
 #include <vector>
 
 #include "attention.h"
 #include "gather.h"
+#include "ring_items.h"
 #include "ring_memory.h"
 #include "thread_pool.h"
 
@@ -66,52 +66,6 @@ bool spin(int64_t ns, const Ready& ready) {
   return false;
 }
 
-// Claims the next item of a ticket: its number, or -1.
-int64_t claim(RingSlot* slot, uint32_t ticket, int64_t items) {
-  uint64_t seen = slot->claim.load(std::memory_order_acquire);
-  for (;;) {
-    const int64_t item = static_cast<int64_t>(seen & kClosed);
-    if (static_cast<uint32_t>(seen >> 32) != ticket || item >= items) return -1;
-    if (slot->claim.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel)) return item;
-  }
-}
-
-// What an item asks for, with every number in bounds whatever the shared memory says.
-bool take(const Host& h, const RingMemory& m, int64_t at, int64_t number, int64_t layer,
-          HostItem* item) {
-  const int64_t b = number / h.kv_heads, most = h.max_pages << h.shift;
-  item->kv_head = number % h.kv_heads;
-  item->layer = layer;
-  item->slot = m.slots(at)[b];
-  item->first = m.first(at)[b];
-  item->last = m.last(at)[b];
-  item->q = m.q(at) + number * h.group * h.head_size;
-  item->rows_read = 0;
-  return layer >= 0 && layer < h.layers && item->slot >= 0 && item->slot < h.max_requests &&
-         item->first >= 0 && item->last <= most;
-}
-
-void answer(const Host& h, HostItem& item, int64_t operation, bool valid, float* scratch) {
-  const int64_t numbers = h.group * h.head_size;
-  if (operation == kEcho) {
-    std::memcpy(item.out, item.q, numbers * sizeof(float));
-    std::memset(item.lse, 0, h.group * sizeof(float));
-    return;
-  }
-  if (!valid || item.last <= item.first) {
-    std::memset(item.out, 0, numbers * sizeof(float));
-    for (int64_t g = 0; g < h.group; ++g) item.lse[g] = -std::numeric_limits<float>::infinity();
-    return;
-  }
-  offload_kernels()->attend(h, item, scratch);
-}
-
-int64_t longest(const RingMemory& m, int64_t at, int64_t batch, int64_t limit) {
-  int64_t most = 0;
-  for (int64_t b = 0; b < batch; ++b) most = std::max(most, m.last(at)[b] - m.first(at)[b]);
-  return std::min(most, limit);
-}
-
 // vec.h is for files of one instruction set each: these are few numbers.
 void to_floats(int64_t dtype, const void* from, int64_t n, float* to) {
   const uint16_t* half = static_cast<const uint16_t*>(from);
@@ -144,10 +98,12 @@ class Scratch {
 };
 
 // Answers items of a slot until none is left.
-void serve_slot(const Host& h, const RingMemory& m, int64_t actor, int64_t at, Scratch* memory) {
+void serve_slot(const Host& h, const RingMemory& m, int64_t actor, int64_t thread, int64_t at,
+                Scratch* memory) {
   RingSlot* slot = m.slot(at);
   RingHead* head = m.head();
   RingActor* self = m.actor(actor);
+  std::atomic<uint32_t>* own = m.own(actor) + thread;
   const int64_t numbers = h.group * h.head_size;
   for (;;) {
     const uint64_t seen = slot->claim.load(std::memory_order_acquire);
@@ -155,7 +111,8 @@ void serve_slot(const Host& h, const RingMemory& m, int64_t actor, int64_t at, S
     const int64_t items = slot->items.load(std::memory_order_relaxed);
     const int64_t operation = slot->operation.load(std::memory_order_relaxed);
     const int64_t layer = slot->layer.load(std::memory_order_relaxed);
-    if ((seen & kClosed) == kClosed || items > m.max_items()) return;
+    const uint32_t mine = own->load(std::memory_order_relaxed);
+    if ((seen & kClosed) == kClosed || items > m.max_items() || mine >= m.answers()) return;
     // Once an item is claimed under this number, what was read above is this ticket's.
     const int64_t number = claim(slot, ticket, items);
     if (number < 0) return;
@@ -168,14 +125,17 @@ void serve_slot(const Host& h, const RingMemory& m, int64_t actor, int64_t at, S
     // A copy: the asking side may have given this ticket up, and write the next one over it.
     std::memcpy(scratch + kernel, item.q, numbers * sizeof(float));
     item.q = scratch + kernel;
-    item.out = m.out(actor, at) + number * numbers;
-    item.lse = m.lse(actor, at) + number * h.group;
+    const RingAnswer to = m.answer(actor, mine);
+    item.out = to.out;
+    item.lse = to.lse;
     answer(h, item, operation, valid, scratch);
-    m.rows(actor, at)[number] = item.rows_read;
+    *to.rows = item.rows_read;
     // Counted before it is told: who has the answer finds it in the counts.
     self->items.fetch_add(1, std::memory_order_relaxed);
     self->busy_ns.fetch_add(now_ns() - start, std::memory_order_relaxed);
-    m.done(actor, at)[number].store(ticket, std::memory_order_release);
+    const uint32_t left = enter(slot, m.done(actor, at) + number, ticket, mine);
+    if (left == mine) continue;
+    own->store(left, std::memory_order_relaxed);
     head->answered.fetch_add(1, std::memory_order_seq_cst);
     if (head->waiting.load(std::memory_order_seq_cst) != 0) futex_wake(&head->answered);
   }
@@ -201,13 +161,16 @@ VLLM_SPARSE_API int64_t vllm_sparse_ring_bytes(const Host* host, int64_t max_bat
   return RingMemory::bytes(*host, max_batch, actors);
 }
 
-// Publishes a ticket. 0 on success; 1: both slots are in use.
-VLLM_SPARSE_API int vllm_sparse_ring_ask(const Host* host, const Ring* ring, RingAsk* ask) {
+// Publishes a ticket.
+VLLM_SPARSE_API void vllm_sparse_ring_ask(const Host* host, const Ring* ring, RingAsk* ask) {
   const Host& h = *host;
   const RingMemory m(h, *ring);
   RingHead* head = m.head();
   uint32_t ticket = head->published.load(std::memory_order_relaxed) + 1;
-  if (ticket == 0) ticket = 1;  // the number of no ticket
+  // 0 is the number of no ticket. The next is kDepth, whose slot is the one behind the last: with 1
+  // two tickets in a row would be in one.
+  static_assert((uint64_t{1} << 32) % kDepth == 0, "the slots take turns");
+  if (ticket == 0) ticket = kDepth;
   const int64_t at = ticket % kDepth;
   RingSlot* slot = m.slot(at);
   slot->claim.store(uint64_t{ticket} << 32 | kClosed, std::memory_order_seq_cst);
@@ -223,10 +186,10 @@ VLLM_SPARSE_API int vllm_sparse_ring_ask(const Host* host, const Ring* ring, Rin
   head->published.store(ticket, std::memory_order_seq_cst);
   if (head->parked.load(std::memory_order_seq_cst) != 0) futex_wake(&head->published);
   ask->ticket = ticket;
-  return 0;
 }
 
-// Answers what is left of a ticket, waits for the others, and puts all answers together.
+// Answers what is left of a ticket, waits for the others, and puts all answers together. 0; 1: memory
+// ran out; 2: what says where rows lie was written over.
 VLLM_SPARSE_API int vllm_sparse_ring_collect(const Host* host, const Ring* ring, RingCollect* c) {
   const Host& h = *host;
   const RingMemory m(h, *ring);
@@ -243,6 +206,7 @@ VLLM_SPARSE_API int vllm_sparse_ring_collect(const Host* host, const Ring* ring,
     const size_t floats = operation == kEcho ? 0 : offload_kernels()->attend_scratch(h, rows);
     std::vector<uint8_t> have(items, 0);
     std::vector<int64_t> read(items, 0);
+    const auto lost = [&] { return std::find(read.begin(), read.end(), kLost) != read.end(); };
     const auto answer_here = [&](int64_t number, float* scratch) {
       HostItem item;
       const bool valid = take(h, m, at, number, layer, &item);
@@ -261,16 +225,25 @@ VLLM_SPARSE_API int vllm_sparse_ring_collect(const Host* host, const Ring* ring,
       }
     });
     if (!ran) return 1;
+    if (lost()) return 2;
     c->own = own.load();
 
     int64_t left = items - c->own;
     const auto gather = [&] {
       for (int64_t n = 0; n < items && left > 0; ++n) {
         for (int64_t a = 0; a < m.actors() && !have[n]; ++a) {
-          if (m.done(a, at)[n].load(std::memory_order_acquire) != ticket) continue;
-          std::memcpy(c->out + n * numbers, m.out(a, at) + n * numbers, numbers * sizeof(float));
-          std::memcpy(c->lse + n * h.group, m.lse(a, at) + n * h.group, h.group * sizeof(float));
-          read[n] = m.rows(a, at)[n];
+          const std::atomic<uint64_t>* done = m.done(a, at) + n;
+          const uint64_t told = done->load(std::memory_order_acquire);
+          const int64_t place = static_cast<uint32_t>(told);
+          if (told >> 32 != ticket || place >= m.answers()) continue;
+          const RingAnswer from = m.answer(a, place);
+          std::memcpy(c->out + n * numbers, from.out, numbers * sizeof(float));
+          std::memcpy(c->lse + n * h.group, from.lse, h.group * sizeof(float));
+          const int64_t rows_read = *from.rows;
+          // An actor that is started again has its memory anew.
+          std::atomic_thread_fence(std::memory_order_acquire);
+          if (done->load(std::memory_order_relaxed) != told) continue;
+          read[n] = rows_read;
           have[n] = 1;
           --left;
         }
@@ -307,6 +280,7 @@ VLLM_SPARSE_API int vllm_sparse_ring_collect(const Host* host, const Ring* ring,
       const auto run = [&](int64_t i, float* scratch) { answer_here(missing[i], scratch); };
       if (!parallel_for(missing.size(), floats, run)) return 1;
     }
+    if (lost()) return 2;
     c->rows_read = c->rows_there = 0;
     for (int64_t n = 0; n < items; ++n) {
       const int64_t b = n / h.kv_heads;
@@ -320,10 +294,24 @@ VLLM_SPARSE_API int vllm_sparse_ring_collect(const Host* host, const Ring* ring,
   }
 }
 
-// Answers tickets for `ns` as actor number `actor`, from any thread. 0; 1: memory ran out; 2: the
-// ring is closing.
+// To be called before an actor's threads serve, and after those of its last start have ended,
+// wherever in an answer that was: gives each place and each thread its memory.
+VLLM_SPARSE_API void vllm_sparse_ring_start(const Host* host, const Ring* ring, int64_t actor) {
+  const RingMemory m(*host, *ring);
+  uint32_t next = 0;
+  for (int64_t at = 0; at < kDepth; ++at) {
+    for (int64_t n = 0; n < m.max_items(); ++n) m.done(actor, at)[n].store(next++);
+  }
+  for (int64_t t = 0; t < kThreads; ++t) m.own(actor)[t].store(next++);
+  // Seen before anything that is then written to these memories.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+
+// Answers tickets for `ns` as actor number `actor`, from the thread of it that has this number.
+// 0; 1: memory ran out; 2: the ring is closing.
 VLLM_SPARSE_API int vllm_sparse_ring_serve(const Host* host, const Ring* ring, int64_t actor,
-                                           int64_t ns) {
+                                           int64_t thread, int64_t ns) {
+  if (thread < 0 || thread >= kThreads) return 2;
   const Host& h = *host;
   const RingMemory m(h, *ring);
   RingHead* head = m.head();
@@ -336,7 +324,7 @@ VLLM_SPARSE_API int vllm_sparse_ring_serve(const Host* host, const Ring* ring, i
       m.actor(actor)->beat.fetch_add(1, std::memory_order_relaxed);
       const uint32_t newest = head->published.load(std::memory_order_seq_cst);
       if (newest != seen) {
-        for (int64_t at = 0; at < kDepth; ++at) serve_slot(h, m, actor, at, &memory);
+        for (int64_t at = 0; at < kDepth; ++at) serve_slot(h, m, actor, thread, at, &memory);
         seen = newest;
         continue;
       }

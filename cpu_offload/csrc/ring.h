@@ -2,10 +2,13 @@
 // that asks answers what nobody else does. Mirrored in cpu_offload/ring.py.
 //
 // A ticket is a batch of items, in one of kDepth slots. Whoever has time claims items one by one,
-// the asking side included once it has nothing else to do. Each answerer writes its answers to
-// memory of its own, under the ticket's number, so that one that was stopped in the middle, and goes
-// on later, spoils nothing: its answers bear a number that nobody waits for. The waiting is a spin,
-// then a futex, with a deadline.
+// the asking side included once it has nothing else to do. The waiting is a spin, then a futex, with
+// a deadline.
+//
+// Each thread of an actor writes an answer to memory that it alone has, and then enters where that
+// is, with the ticket's number, in the item's place; from there it takes in exchange the memory that
+// was entered before. So one that was stopped in the middle, and goes on later, spoils nothing: it
+// finds that the slot bears another ticket, and keeps its answer to itself. None waits for another.
 #pragma once
 
 #include <atomic>
@@ -15,7 +18,8 @@
 
 namespace vllm_sparse {
 
-constexpr int64_t kDepth = 2;  // tickets that may be open at a time
+constexpr int64_t kDepth = 2;     // tickets that may be open at a time
+constexpr int64_t kThreads = 256;  // of an actor, at most
 
 enum RingOperation : int64_t { kAttend = 0, kEcho = 1 };
 
@@ -35,8 +39,6 @@ struct alignas(64) RingSlot {
 constexpr uint64_t kClosed = 0xffffffffu;
 
 struct alignas(64) RingActor {
-  std::atomic<uint32_t> pid;
-  std::atomic<uint32_t> epoch;    // of the attachment: grows with each restart
   std::atomic<uint64_t> items;    // answered since the start
   std::atomic<uint64_t> busy_ns;  // spent on them
   std::atomic<uint64_t> beat;     // grows while it serves

@@ -5,7 +5,14 @@
 
 namespace vllm_sparse {
 
-// [head][slots: head, slot numbers, first, last, q][actors: head, for each slot done, rows, lse, out]
+// Of one item: where its parts are to be read or written.
+struct RingAnswer {
+  int64_t* rows;  // read for it; kLost
+  float* lse;     // [G]
+  float* out;     // [G, D]
+};
+
+// [head][slots: head, slot numbers, first, last, q][actors: head, own, for each slot done, answers]
 class RingMemory {
  public:
   RingMemory(const Host& h, const Ring& ring)
@@ -31,42 +38,45 @@ class RingMemory {
   }
 
   RingActor* actor(int64_t a) const { return reinterpret_cast<RingActor*>(of_actor(a)); }
-  std::atomic<uint32_t>* done(int64_t a, int64_t at) const {
-    return reinterpret_cast<std::atomic<uint32_t>*>(answers(a, at));
+  // [kThreads] the answer's memory that each thread has for itself.
+  std::atomic<uint32_t>* own(int64_t a) const {
+    return reinterpret_cast<std::atomic<uint32_t>*>(of_actor(a) + sizeof(RingActor));
   }
-  int64_t* rows(int64_t a, int64_t at) const {
-    return reinterpret_cast<int64_t*>(answers(a, at) + padded(sizes_.items * 4));
+  // [items] ticket << 32 | the answer's memory.
+  std::atomic<uint64_t>* done(int64_t a, int64_t at) const {
+    return reinterpret_cast<std::atomic<uint64_t>*>(of_actor(a) + sizeof(RingActor) + kOwn +
+                                                    at * padded(sizes_.items * 8));
   }
-  float* lse(int64_t a, int64_t at) const {
-    return reinterpret_cast<float*>(answers(a, at) + padded(sizes_.items * 4) +
-                                    padded(sizes_.items * 8));
-  }
-  float* out(int64_t a, int64_t at) const {
-    return reinterpret_cast<float*>(answers(a, at) + padded(sizes_.items * 4) +
-                                    padded(sizes_.items * 8) + padded(sizes_.lse));
+  // How many there are: one for each place, and one for each thread.
+  int64_t answers() const { return kDepth * sizes_.items + kThreads; }
+  RingAnswer answer(int64_t a, int64_t i) const {
+    char* at = of_actor(a) + sizeof(RingActor) + kOwn + kDepth * padded(sizes_.items * 8) +
+               i * sizes_.answer;
+    return {reinterpret_cast<int64_t*>(at), reinterpret_cast<float*>(at + 64),
+            reinterpret_cast<float*>(at + 64 + sizes_.lse)};
   }
 
  private:
   static int64_t padded(int64_t n) { return (n + 63) / 64 * 64; }
 
+  static constexpr int64_t kOwn = kThreads * sizeof(uint32_t);
+
   struct Sizes {
-    int64_t items, lse, slot, answers, actor;
+    int64_t items, lse, slot, answer, actor;
     Sizes(const Host& h, int64_t batch) {
       items = batch * h.kv_heads;
-      lse = items * h.group * 4;
-      const int64_t out = lse * h.head_size;
-      slot = 64 + padded(batch * 4) + padded(batch * 16) + padded(out);
-      answers = padded(items * 4) + padded(items * 8) + padded(lse) + padded(out);
-      actor = sizeof(RingActor) + kDepth * answers;
+      lse = padded(h.group * 4);
+      const int64_t out = h.group * h.head_size * 4;
+      slot = 64 + padded(batch * 4) + padded(batch * 16) + padded(items * out);
+      answer = 64 + lse + padded(out);
+      actor = sizeof(RingActor) + kOwn + kDepth * padded(items * 8) +
+              (kDepth * items + kThreads) * answer;
     }
   };
 
   char* of_slot(int64_t at) const { return memory_ + sizeof(RingHead) + at * sizes_.slot; }
   char* of_actor(int64_t a) const {
     return memory_ + sizeof(RingHead) + kDepth * sizes_.slot + a * sizes_.actor;
-  }
-  char* answers(int64_t a, int64_t at) const {
-    return of_actor(a) + sizeof(RingActor) + at * sizes_.answers;
   }
 
   char* memory_;

@@ -26,9 +26,9 @@ struct Sketch {
   uint8_t* numbers;
   uint8_t* codes;
 
-  Sketch(const Host& h, int64_t layer, int64_t page, int64_t kv_head) {
-    char* at = h.parts + layer * h.layer_bytes + page * h.part_bytes + h.index_at +
-               kv_head * h.index_bytes;
+  // `segment`: bytes from a layer's first page to this one.
+  Sketch(const Host& h, int64_t layer, int64_t segment, int64_t kv_head) {
+    char* at = h.parts + layer * h.layer_bytes + segment + h.index_at + kv_head * h.index_bytes;
     centre = reinterpret_cast<float*>(at);
     steps = centre + h.head_size;
     numbers = reinterpret_cast<uint8_t*>(steps + (int64_t{1} << h.shift));

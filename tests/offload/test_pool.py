@@ -11,6 +11,7 @@ import torch
 from pools import HEADS, KV_HEADS, SIZE, ask, exact, fill, make_pool, queries, some
 
 from vllm_sparse.cpu_offload import StoreFull
+from vllm_sparse.cpu_offload.store import quantise
 from vllm_sparse.kernels import cpu
 
 KINDS = ["inline", "thread", "process"]
@@ -227,6 +228,37 @@ def test_numbers_that_are_not_finite_stay_with_their_request():
     out, lse = ask(pool, 0, q, [good, bad, good], [0, 0, 0], [4000, 4000, 4000])
     assert torch.equal(out[0], alone[0][0]) and torch.equal(lse[0], alone[1][0])
     assert out[2, 0].isnan().any() and KV_HEADS == 2 and out[2, HEADS // 2 :].isfinite().all()
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_rows_hide_no_number_that_is_not_finite(isa, dtype, monkeypatch):
+    if isa == "torch":
+        monkeypatch.setattr(cpu, "library_file", lambda: None)
+    pool = make_pool(dtype=dtype, kv_dtype=torch.int8, layers=1)
+    assert (pool.store.file is None) == (isa == "torch")
+    k, v = (x.to(dtype) for x in some(300))
+    k[5, 0], k[6, 0], v[7, 1] = 0.0, 1e-40, torch.linspace(-1, 1, SIZE)
+    good, q = pool.open("good"), queries(1).to(dtype)
+    pool.append(good, 0, k, v)
+    page = pool.block_table([good])[0, 0]
+    for which, x in enumerate((k, v)):
+        numbers, scales = quantise(x[:64].transpose(0, 1))
+        assert torch.equal(pool.store.rows(0)[page, :, :, which].float(), numbers)
+        assert torch.equal(pool.store.scales(0)[page, :, :, which], scales)
+    want = ask(pool, 0, q, [good], [0], [300])
+    for n, number in enumerate((torch.nan, torch.inf, -torch.inf)):
+        for which in (0, 1):
+            bad, both = pool.open("bad"), [k.clone(), v.clone()]
+            both[which][10 + n, 1, SIZE - 1 - 20 * n] = number
+            pool.append(bad, 0, *both)
+            assert not pool.read(bad, 0, 0, 300)[which][10 + n, 1].isfinite().any()
+            out, lse = ask(pool, 0, q, [bad], [0], [300])
+            assert not out[0, HEADS // 2 :].isfinite().any()
+            assert which == 1 or not lse[0, HEADS // 2 :].isfinite().any()
+            assert torch.equal(out[0, : HEADS // 2], want[0][0, : HEADS // 2])  # the other KV head
+            pool.close_request(bad)
+    assert torch.equal(ask(pool, 0, q, [good], [0], [300])[0], want[0])
     pool.shutdown()
 
 
