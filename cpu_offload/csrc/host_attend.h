@@ -129,7 +129,8 @@ void attend_rows(const Host& h, HostItem& item, float* scratch) {
   const auto small = [&] { return budgeted ? most < rows : most * kSmall < rows; };
   const float even = h.sampler == kTopK ? 0.0f : h.even;
   const Weights& weights = s.weights;
-  if (h.sampler == kExact || !small() || !expect_weights(h, item, r, view.segments, s.expected, even, weights)) {
+  if (h.sampler == kExact || !small() ||
+      !expect_weights(h, item, r, view.segments, s.expected, even, weights)) {
     return read_all();
   }
 
