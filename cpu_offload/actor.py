@@ -10,10 +10,12 @@ import contextlib
 import importlib.util
 import logging
 import os
+import select
+import signal
 import threading
 from typing import Any
 
-from .actors import Handle
+from .actors import STOP_TIMEOUT, Handle
 from .worker import Server, Task
 
 logger = logging.getLogger("vllm_sparse.offload")
@@ -36,7 +38,10 @@ class OffloadActor:
             self._server.run()
         except Exception as error:
             self._error = repr(error)
-            raise
+            logger.exception("Actor %d of the offload pool ends.", self._server.task.actor)
+            # The pool sees that a process has ended, and starts another; of a thread in it nobody
+            # hears without a Ray call.
+            os._exit(1)
 
     def about(self) -> dict[str, Any]:
         """Its process, node and CPUs."""
@@ -67,9 +72,13 @@ class RayHandle(Handle):
             name=f"offload-{task.owner}-{task.actor}-{os.urandom(4).hex()}",
         ).remote(task.to_json())
         self._ray = ray
-        about = ray.get(self._actor.about.remote(), timeout=CALL_TIMEOUT)
-        self.pid = about["pid"]
-        self.pidfd = os.pidfd_open(self.pid)
+        try:
+            about = ray.get(self._actor.about.remote(), timeout=CALL_TIMEOUT)
+            self.pid = about["pid"]
+            self.pidfd = os.pidfd_open(self.pid)
+        except BaseException:
+            self._kill()  # it may begin later, and nobody would end it
+            raise
 
     def alive(self) -> bool:
         try:
@@ -79,10 +88,23 @@ class RayHandle(Handle):
         return not _is_zombie(self.pid)
 
     def stop(self) -> None:
-        with contextlib.suppress(Exception):  # it has ended, or Ray has
-            self._ray.kill(self._actor)
+        self._kill()
+        if not self._has_ended():
+            with contextlib.suppress(OSError):  # it ends now, or is another user's
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            self._has_ended()
         with contextlib.suppress(OSError):
             os.close(self.pidfd)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(Exception):  # it has ended, or Ray has
+            self._ray.kill(self._actor)
+
+    def _has_ended(self) -> bool:
+        """Whether its process has, after no more than STOP_TIMEOUT."""
+        ended = select.poll()
+        ended.register(self.pidfd, select.POLLIN)
+        return bool(ended.poll(STOP_TIMEOUT * 1000))
 
 
 def is_installed() -> bool:

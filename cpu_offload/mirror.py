@@ -75,8 +75,7 @@ class HostKV:
             for pool in self.pools:
                 pool.forget()
         for request in step.closed:
-            for pool, slot in zip(self.pools, self.slots.pop(request), strict=True):
-                pool.close_request(slot)
+            self._close(request)
         for start in step.started:
             self._start(start)
         # A worker that answers everything itself does not see that an actor has ended.
@@ -141,7 +140,14 @@ class HostKV:
                 pool.forget()
         self.slots.clear()
 
+    def _close(self, request: str) -> None:
+        for pool, slot in zip(self.pools, self.slots.pop(request), strict=True):
+            pool.close_request(slot)
+
     def _start(self, start: Start) -> None:
+        if start.gone:
+            self._close(start.request)
+            return
         if start.request in self.slots:
             for pool, slot in zip(self.pools, self.slots[start.request], strict=True):
                 pool.truncate(slot, start.rows)
@@ -203,6 +209,8 @@ class HostKV:
         self, start: Start, layer: int, group: int, block_size: int, kv_cache: torch.Tensor
     ) -> None:
         """Fill a request's device blocks of a layer [blocks, Hkv, block, 2 D]."""
+        if start.on_device:
+            return
         place = self.places[layer]
         pool, slot = self.pools[place.store], self.slots[start.request][place.store]
         on_device = [

@@ -71,7 +71,8 @@ class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
 
     def build_connector_worker_meta(self) -> Acknowledged | None:
         rows, lost = self.worker.take_acknowledged()
-        return Acknowledged(rows, lost) if rows or lost else None
+        step = self.worker.host.step
+        return Acknowledged(rows, lost, step.number) if rows or lost else None
 
     def get_kv_connector_stats(self) -> OffloadStats | None:
         return self.worker.stats() if self.worker is not None else self.scheduler.stats()
@@ -103,7 +104,7 @@ class SparseOffloadConnector(KVConnectorBase_V1, SupportsHMA):
     def update_connector_output(self, connector_output) -> None:
         acknowledged = connector_output.kv_connector_worker_meta
         if acknowledged is not None:
-            self.scheduler.acknowledge(acknowledged.rows)
+            self.scheduler.acknowledge(acknowledged.number, acknowledged.rows)
 
     def request_finished(self, request, block_ids) -> tuple[bool, dict | None]:
         self.scheduler.finished(request.request_id)

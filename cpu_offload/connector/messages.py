@@ -33,9 +33,10 @@ class Acknowledged(KVConnectorWorkerMetadata):
 
     rows: dict[str, int] = field(default_factory=dict)
     lost: bool = False  # a worker's host store is lost, and what the step gave is wrong
+    number: int = 0  # of the step
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Acknowledged:
         assert isinstance(other, Acknowledged)
         both = self.rows.keys() & other.rows.keys()
         rows = {r: min(self.rows[r], other.rows[r]) for r in both}
-        return Acknowledged(rows, self.lost or other.lost)
+        return Acknowledged(rows, self.lost or other.lost, min(self.number, other.number))

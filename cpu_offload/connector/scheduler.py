@@ -48,16 +48,19 @@ class SchedulerSide:
         held = self.ledger.held.get(request_id)
         return held.acknowledged if held is not None else 0
 
-    def acknowledge(self, rows: dict[str, int]) -> None:
-        for request_id, count in rows.items():
-            held = self.ledger.held.get(request_id)
-            if held is not None:  # it may have ended
-                held.acknowledged = min(count, held.rows)
+    def acknowledge(self, number: int, rows: dict[str, int]) -> None:
+        self.ledger.acknowledge(number, rows)
 
     def matched(self, request, computed: int) -> int | None:
         """Rows that the host has beyond the computed ones; None: the host has no room yet."""
         if request.request_id in self.ledger.held:
-            return max(self._kept(request) - computed, 0)
+            kept = self._kept(request)
+            if self.ledger.can_truncate(request.request_id, kept):
+                return max(kept - computed, 0)
+            # Others hold pages that it would have to write again, and there is no room to have
+            # them twice. If it waited with its pages, all might wait for each other.
+            self._give_up(request.request_id)
+            self.started.append(Start(request.request_id, 0, [], gone=True))
         if self.queued not in (None, request.request_id):
             return None  # in order of arrival: a small one does not pass a large one for ever
         keys = [] if computed else self._prefix(request)
@@ -72,7 +75,16 @@ class SchedulerSide:
         request_id = request.request_id
         if self.queued == request_id:
             self.queued = None
-        if request_id in self.ledger.held:
+        held = self.ledger.held.get(request_id)
+        if held is not None and request.num_computed_tokens:
+            # A session goes on with more input, behind the last token that stays. Its device blocks
+            # stay as well. A step that was under way when it stopped has written rows that do not.
+            rows = request.num_computed_tokens
+            if held.rows > rows:
+                self.ledger.truncate(request_id, rows)
+                self.started.append(Start(request_id, rows, [], on_device=True))
+            return
+        if held is not None:
             self.ledger.truncate(request_id, rows)
             self.started.append(Start(request_id, rows, []))
             return
@@ -82,14 +94,15 @@ class SchedulerSide:
         self.started.append(Start(request_id, rows, keys))
 
     def step(self, scheduler_output) -> Step:
-        step = Step(self.renew, self.forget, self.closed, self.started)
+        step = Step(self.ledger.number, self.renew, self.forget, self.closed, self.started)
+        self.ledger.number += 1
         self.renew, self.forget, self.closed, self.started = False, False, [], []
         cached = scheduler_output.scheduled_cached_reqs
         before = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         before |= {r.req_id: r.num_computed_tokens for r in scheduler_output.scheduled_new_reqs}
         blocks = {r: self.manager.get_block_ids(r) for r in before}
         for start in step.started:
-            if start.rows:
+            if start.rows and not start.on_device:
                 count = -(-start.rows // self.block_size)
                 start.blocks = tuple(group[:count] for group in blocks[start.request])
         for request_id, rows in before.items():
@@ -99,6 +112,8 @@ class SchedulerSide:
             step.tails[request_id] = tuple(group[tail] for group in blocks[request_id])
             self.ledger.append(request_id, new)
         for request_id, (rows, new) in step.rows.items():
+            if self.ledger.held[request_id].old:
+                continue  # it runs through a reset: what it writes follows from what was forgotten
             first = rows // self.ledger.page_rows
             keys = self._keys(self.tokens[request_id], first, (rows + new) // self.ledger.page_rows)
             if keys:
@@ -111,20 +126,26 @@ class SchedulerSide:
         if self.queued == request_id:
             self.queued = None
         if request_id in self.ledger.held:
-            self.ledger.close(request_id)
-            del self.tokens[request_id]
+            self._give_up(request_id)
             self.closed.append(request_id)
 
     def reset_cache(self) -> bool:
         """Forget every row: the weights may have changed."""
         self.ledger.forget()
         self.forget = True
+        # Those that are preempted have nothing left to keep: each begins anew when it has room,
+        # and finds what those before it have written until then.
+        for request_id, request in list(self.tokens.items()):
+            if not request.num_computed_tokens:
+                self._give_up(request_id)
+                self.closed.append(request_id)
         return True
 
     def lose(self) -> None:
         """A worker's store is lost: nobody has any rows, and all stores begin again."""
         ledger = self.ledger
         self.ledger = Ledger(ledger.pages.count, ledger.page_rows, ledger.most_requests)
+        self.ledger.number = ledger.number
         self.tokens.clear()
         self.renew, self.forget, self.closed, self.started = True, False, [], []
         self.queued = None
@@ -134,11 +155,19 @@ class SchedulerSide:
         queued, self.waited = self.waited, 0
         return OffloadStats.of({"queued": queued}, 0, {})
 
+    def _give_up(self, request_id: str) -> None:
+        self.ledger.close(request_id)
+        del self.tokens[request_id]
+
     def _most(self, request) -> int:
+        if request.resumable:  # a session: nobody knows what it will be asked next
+            return self.max_model_len
         return min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
 
     def _kept(self, request) -> int:
         """Rows of a preempted request that it goes on with; its last token is always computed."""
+        if request.skip_reading_prefix_cache:
+            return 0  # vLLM computes all of it, whatever it is told
         rows = min(self.ledger.held[request.request_id].acknowledged, request.num_tokens - 1)
         return rows // self.ledger.page_rows * self.ledger.page_rows
 

@@ -21,10 +21,20 @@ def exact(**more) -> dict:
     return {"attention_backend": "sparse", "additional_config": {"sparse": settings | more}}
 
 
-def ask(length: int, seed: int, max_tokens: int = 40, at: int = 0, cancel: int | None = None):
+def ask(
+    length: int, seed: int, max_tokens: int = 40, at: int = 0, cancel: int | None = None, **more
+):
     return {
         "prompt": prompt(length, seed), "max_tokens": max_tokens, "at": at, "cancel": cancel,
+        **more,
     }  # fmt: skip
+
+
+def alike(seed: int, **more) -> dict:
+    """11 whole pages of 256 tokens that others begin with as well, and 284 of its own."""
+    asked = ask(284, seed, **more)
+    asked["prompt"] = prompt(11 * 256, 60) + asked["prompt"]
+    return asked
 
 
 PHASES = {
@@ -38,6 +48,16 @@ PHASES = {
     "cancelled": [
         ask(2000, 51, cancel=20), ask(3000, 52, at=3, cancel=6), ask(600, 53),
         ask(3900, 54, at=1, cancel=1),
+    ],
+    # Input that comes while the one before is answered, and after it was.
+    "sessions": [
+        ask(1000, 70, max_tokens=9, more=[[4, prompt(100, 71)], [50, prompt(800, 72)]]),
+        ask(250, 73, max_tokens=5, at=1, more=[[30, prompt(3, 74)]]), ask(600, 75),
+    ],
+    # They hold 14 pages each, 13, and 2 each; when all is forgotten, each of the last wants 13.
+    "reset": [
+        ask(3300, 80), ask(3300, 81), alike(61), *(alike(n, at=20) for n in range(62, 66)),
+        alike(66, at=20, reset=25),
     ],
 }  # fmt: skip
 # 1.2 requests of the longest kind; one block is vLLM's null block.
@@ -62,8 +82,8 @@ def engines(llama):
             "offloaded": engines.start(serve, llama, *PHASES, **exact()),
             # 14 pages of 256 rows a request, of 1 MiB each; two layers are kept on the device too.
             "full host": engines.start(
-                serve, llama, "crowd", "mixed", "prefix", kv_cache_memory_bytes=256 << 20,
-                **exact(host_gib=0.05, resident_layers=[0, 2]),
+                serve, llama, "crowd", "mixed", "prefix", "sessions", "reset",
+                kv_cache_memory_bytes=256 << 20, **exact(host_gib=0.05, resident_layers=[0, 2]),
             ),
             "numa": engines.start(serve, llama, "mixed", **exact(actors="numa")),
         }  # fmt: skip
@@ -85,7 +105,7 @@ def test_tokens_equal_full_kv(name: str, dense, offloaded):
     assert len({t for tokens in want.tokens for t in tokens}) > 10, "degenerate model"
     for request, a, b in zip(PHASES[name], got.tokens, want.tokens, strict=True):
         if request["cancel"] is None:
-            assert len(a) == request["max_tokens"]
+            assert len(a) == request["max_tokens"] * (1 + len(request.get("more", ())))
             assert a == b
         else:  # cut at another token, as the one engine has come further
             assert a[: len(b)] == b[: len(a)]
@@ -98,6 +118,9 @@ def test_the_phases_are_what_they_claim(dense, offloaded):
     started = phase(offloaded, "cancelled").tokens
     assert 0 < len(started[0]) < 40
     assert started[1] == started[3] == []
+    reset = phase(offloaded, "reset")
+    assert reset.running[24] == 8 <= reset.preemptions
+    assert reset.cached == [0] * 3 + [11 * 256] * 5
 
 
 def test_device_blocks_are_freed(dense, offloaded):
@@ -115,7 +138,10 @@ def test_counters(offloaded):
     stats = offloaded.stats
     assert stats["rows_read"] == stats["rows_there"] > 0
     assert stats["decode_rows"] > 8 * 4 * 60  # the crowd alone
-    tokens = sum(len(r["prompt"]) for name in PHASES for r in PHASES[name])
+    tokens = sum(len(r["prompt"]) for name in PHASES for r in PHASES[name] if name != "reset")
+    reset = phase(offloaded, "reset")  # writes what it does not find, and that again
+    for request, found in zip(PHASES["reset"], reset.cached, strict=True):
+        tokens += 2 * (len(request["prompt"]) - found)
     row = 4 * 2 * 2 * 64 * 4  # layers, heads, K and V, size, bytes
     assert stats["mirrored_bytes"] > 0.8 * tokens * row
     assert stats["loaded_bytes"] > 0
@@ -125,11 +151,14 @@ def test_counters(offloaded):
 
 def test_a_full_host_queues(engines, dense):
     result = engines["full host"].result()
-    crowd, mixed, prefix = result.phases
+    crowd, mixed, prefix, sessions, reset = result.phases
     assert crowd.tokens == phase(dense, "crowd").tokens
     assert mixed.tokens == phase(dense, "mixed").tokens
     assert prefix.tokens == phase(dense, "prefix").tokens
     assert prefix.cached == [0, 7 * 256]
+    assert sessions.tokens == phase(dense, "sessions").tokens
+    assert reset.tokens == phase(dense, "reset").tokens
+    assert reset.running[24] == 8  # the host is full, to the last page
     assert max(crowd.held) == max(crowd.running) == 3
     assert result.stats["queued"] > 0
 

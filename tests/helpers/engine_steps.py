@@ -3,6 +3,7 @@ given steps, and the scheduler's own counters are read after each."""
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ def run_steps(
     logprobs: bool = False, **engine,
 ) -> Steps:  # fmt: skip
     """Serve requests {"prompt": token ids, "max_tokens", "at": step, "cancel": step or None}.
+
+    With "more": [[step, token ids], ...] one is a session, which goes on with further input, each
+    of which is answered by max_tokens. With "reset": step the cache is reset there, for all.
 
     Steps are counted from 0 in each phase, which ends when all of its requests have. In the first
     phase `kill_at` ends processes in the middle of a step, by SIGKILL: those with this text in
@@ -124,12 +128,16 @@ def _phase(
     before, step = preemptions(), 0
     while engine.has_unfinished_requests() or step <= max(x["at"] for x in requests):
         for name, request in zip(names, requests, strict=True):
-            if request["at"] == step:
-                sampling = SamplingParams(
-                    temperature=0, max_tokens=request["max_tokens"], detokenize=False,
-                    ignore_eos=True, logprobs=2 if logprobs else None,
-                )  # fmt: skip
+            sampling = SamplingParams(
+                temperature=0, max_tokens=request["max_tokens"], detokenize=False,
+                ignore_eos=True, logprobs=2 if logprobs else None,
+            )  # fmt: skip
+            if request.get("more"):
+                _feed(engine, name, request, step, sampling)
+            elif request["at"] == step:
                 engine.add_request(name, {"prompt_token_ids": request["prompt"]}, sampling)
+            if request.get("reset") == step:
+                llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
             if request["cancel"] == step:
                 engine.abort_request([name])
         if str(step) in call_at:
@@ -151,9 +159,14 @@ def _phase(
             killer.join()
         for output in outputs:
             i, came = names.index(output.request_id), output.outputs[0]
-            new = len(came.token_ids) - len(result["tokens"][i])
+            said = (
+                result["tokens"][i] if requests[i].get("more") else []
+            )  # a session says what is new
+            # Of a session what is new is said, of others all.
+            tokens = said + list(came.token_ids)
+            new = len(tokens) - len(result["tokens"][i])
             result["times"][i] += [end] * new
-            result["tokens"][i] = list(came.token_ids)
+            result["tokens"][i] = tokens
             result["cached"][i] = output.num_cached_tokens
             for step_logprobs in came.logprobs[-new:] if logprobs and new else ():
                 found = sorted((x.logprob for x in step_logprobs.values()), reverse=True)
@@ -163,3 +176,24 @@ def _phase(
         result["held"].append(len(side.ledger.held) if side else 0)
         step += 1
     return {**result, "preemptions": preemptions() - before}
+
+
+def _feed(engine, name: str, request: dict, step: int, sampling) -> None:
+    """Give a session what comes at a step, and say so behind the last of it."""
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling.output_kind = RequestOutputKind.DELTA
+    more = [[request["at"], request["prompt"]], *request["more"]]
+    inputs = [(prompt, True) for at, prompt in more if at == step]
+    if more[-1][0] == step:
+        inputs.append(([0], False))  # a token of which nothing is read
+    for prompt, resumable in inputs:
+        asked = engine.input_processor.process_inputs(
+            name, {"prompt_token_ids": prompt}, sampling.clone(),
+            supported_tasks=engine.get_supported_tasks(), resumable=resumable,
+        )  # fmt: skip
+        asked.external_req_id = name
+        ours = copy.copy(asked)  # both sides add to the list of tokens, of which each has its own
+        ours.prompt_token_ids = list(prompt)
+        engine.output_processor.add_request(ours, None, None, 0)
+        engine.engine_core.add_request(asked)

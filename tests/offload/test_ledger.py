@@ -67,6 +67,51 @@ def test_asking_whether_it_fits_changes_nothing():
     assert ledger.found(["a"]) == 0 and ledger.found(["b"]) == 1
 
 
+def test_a_page_that_others_hold_is_not_free_when_one_drops_it():
+    ledger = Ledger(8, ROWS, 8)
+    ledger.admit("a", 4 * ROWS)
+    ledger.append("a", 3 * ROWS)
+    ledger.seal("a", 0, ["x", "y", "z"])
+    ledger.admit("b", 6 * ROWS, ["x", "y", "z"])
+    assert ledger.pages.free == 5 and ledger.promised == 4
+    ledger.forget()
+    assert ledger.can_truncate("a", 2 * ROWS) and not ledger.can_truncate("a", ROWS)
+    ledger.truncate("a", 2 * ROWS)
+    assert ledger.pages.free == ledger.promised == 5
+    assert not ledger.can_truncate("b", 0)
+    ledger.close("a")
+    assert ledger.can_truncate("b", 0)
+
+
+def test_rows_in_the_middle_of_a_page_can_go():
+    ledger = Ledger(4, ROWS, 8)
+    ledger.admit("a", 4 * ROWS)
+    ledger.append("a", 2 * ROWS + 1)
+    ledger.truncate("a", 2 * ROWS - 1)
+    assert ledger.pages.free == 2 == ledger.promised
+    ledger.append("a", 2)
+    assert ledger.held["a"].rows == 2 * ROWS + 1 and ledger.pages.free == 1 == ledger.promised
+
+
+def test_steps_that_were_under_way_acknowledge_nothing_of_what_follows():
+    ledger = Ledger(8, ROWS, 8)
+    ledger.admit("a", 8 * ROWS)
+    ledger.append("a", 4 * ROWS)
+    ledger.number = 1
+    ledger.append("a", ROWS)
+    ledger.number = 2
+    ledger.acknowledge(0, {"a": 4 * ROWS, "ended": 1})
+    assert ledger.held["a"].acknowledged == 4 * ROWS
+    ledger.forget()
+    ledger.acknowledge(1, {"a": 5 * ROWS})
+    assert ledger.held["a"].acknowledged == 0
+    ledger.truncate("a", 0)
+    ledger.append("a", ROWS)
+    ledger.number = 3
+    ledger.acknowledge(2, {"a": ROWS})
+    assert ledger.held["a"].acknowledged == ROWS
+
+
 def pool(layers: int, pages: int) -> Pool:
     shape = {"heads": 1, "kv_heads": 1, "head_size": 16, "dtype": torch.float32}
     return Pool(
@@ -77,8 +122,9 @@ def pool(layers: int, pages: int) -> Pool:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_books_and_stores_agree_over_random_schedules(seed: int):
-    """Arrivals, shared prefixes, preemptions, ends: the store has what the ledger says, and
-    `HostKV` checks the number of free pages after each step."""
+    """Arrivals, shared prefixes, preemptions, sessions, resets, ends: the store has what the ledger
+    says, `HostKV` checks the number of free pages after each step, and what is promised is there.
+    What a step has written is acknowledged when others are under way already."""
     rng = random.Random(seed)
     pages = rng.randint(6, 20)
     ledger = Ledger(pages, ROWS, 8)
@@ -86,8 +132,13 @@ def test_books_and_stores_agree_over_random_schedules(seed: int):
     texts = {}  # of every request that ever was: what stands at each position
     running: list[str] = []
     preempted: list[str] = []
+    begin: list[str] = []  # those that hold nothing, and wait for room
     closed: list[str] = []
+    acknowledged: list[tuple[int, dict[str, int]]] = []  # by steps that are under way
     rows_of = {}
+
+    def kept() -> None:
+        assert 0 <= ledger.promised <= ledger.pages.free
 
     def key(name: str, page: int) -> tuple:
         return tuple(texts[name][: (page + 1) * ROWS])
@@ -102,27 +153,60 @@ def test_books_and_stores_agree_over_random_schedules(seed: int):
                 else:
                     ledger.close(name)
                     closed.append(name)
+                kept()
+        forget = rng.random() < 0.1
+        if forget:
+            if rng.random() < 0.7:
+                preempted += running
+                running.clear()
+            ledger.forget()
+            kept()
+            if rng.random() < 0.5:  # else they see for themselves whether there is room
+                for name in preempted:
+                    ledger.close(name)
+                    kept()
+                closed += preempted
+                begin += preempted
+                preempted.clear()
+        for name in list(running):
+            # A session's turn ends: the last row, of a token that is not kept, goes.
+            if rng.random() < 0.1 and rows_of[name] % ROWS:
+                rows_of[name] -= 1
+                ledger.truncate(name, rows_of[name])
+                started.append(Start(name, rows_of[name], [], on_device=True))
+                kept()
         for name in list(preempted):
             if rng.random() < 0.5:
                 preempted.remove(name)
+                rows = ledger.held[name].acknowledged // ROWS * ROWS
+                if not ledger.can_truncate(name, rows):
+                    ledger.close(name)
+                    started.append(Start(name, 0, [], gone=True))
+                    begin.append(name)
+                    kept()
+                    continue
                 running.append(name)
-                kept = ledger.held[name].acknowledged // ROWS * ROWS
-                ledger.truncate(name, kept)
-                rows_of[name] = kept
-                started.append(Start(name, kept, []))
+                ledger.truncate(name, rows)
+                rows_of[name] = rows
+                started.append(Start(name, rows, []))
+                kept()
         if rng.random() < 0.6:
             name = f"r{number}"
             donor = rng.choice([*texts, None])
             shared = texts[donor][: rng.randrange(len(texts[donor]))] if donor else []
             texts[name] = shared + [rng.randrange(1 << 30) for _ in range(rng.randint(1, 60))]
+            begin.append(name)
+        for name in list(begin):
             keys = [key(name, i) for i in range((len(texts[name]) - 1) // ROWS)]
             keys = keys[: ledger.found(keys)]
             if ledger.fits(len(texts[name]), keys):
+                begin.remove(name)
                 ledger.admit(name, len(texts[name]), keys)
                 rows_of[name] = len(keys) * ROWS
                 started.append(Start(name, rows_of[name], keys))
                 running.append(name)
-        step = Step(closed=closed, started=started)
+                kept()
+        step = Step(number, forget=forget, closed=closed, started=started)
         closed = []
         for i, name in enumerate(running):
             new = min(rng.choice([1, 1, 5, 40]), len(texts[name]) - rows_of[name])
@@ -131,11 +215,14 @@ def test_books_and_stores_agree_over_random_schedules(seed: int):
             step.rows[name] = rows_of[name], new
             step.tails[name] = (100 + i,)
             ledger.append(name, new)
+            kept()
         for name, (before, new) in step.rows.items():
             names = [key(name, i) for i in range(before // ROWS, (before + new) // ROWS)]
             if names:
                 step.keys[name] = names
                 ledger.seal(name, before // ROWS, names)
+                kept()
+        ledger.number += 1
         step.free_pages = ledger.pages.free
         host.begin(step)
         order = list(step.rows)
@@ -154,8 +241,10 @@ def test_books_and_stores_agree_over_random_schedules(seed: int):
             host.append(layer, order, starts, k, -k)
         host.check()
         assert host.end() == {n: a + b for n, (a, b) in step.rows.items()}
-        for name, count in host.end().items():
-            ledger.held[name].acknowledged = count
+        acknowledged.append((number, host.end()))
+        while len(acknowledged) > rng.randrange(3):
+            ledger.acknowledge(*acknowledged.pop(0))
+            kept()
         # Every row of everyone is what stands there, in every layer.
         for name in running:
             for layer, place in host.places.items():
