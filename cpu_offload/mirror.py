@@ -53,7 +53,6 @@ class HostKV:
         self.places |= {layer: Place(1, i) for i, layer in enumerate(resident)}
         self.slots: dict[str, list[int]] = {}  # of each open request, by store
         self.step: Step | None = None
-        self.number = 0  # of the step; no other has it
         self.counters: Counter[str] = Counter()  # since the start
         self.lost: str | None = None  # why nothing is read or written until stores are renewed
         self._losses: list[float] = []  # when stores were lost
@@ -66,7 +65,7 @@ class HostKV:
     def begin(self, step: Step) -> None:
         """Follow the scheduler: end, begin and cut requests, before the model runs."""
         self.settle()
-        self.step, self.number = step, self.number + 1
+        self.step = step
         self._owners, self._written = {}, set()
         self.verify()
         if self.lost is not None:

@@ -142,9 +142,8 @@ class CudaOffloadedLayer(OffloadedLayer):
         pool = self.host.pool
         slot = self.host.slots[batch.requests[segment.first]][self.place.store]
         computed = segment.seq_lens[0] - segment.query_lens[0]
-        return Rows(
-            (self.host.number, layer, slot), pool.part(layer), pool.store.of(slot).pages, computed
-        )
+        name = self.host.step.number, layer, slot
+        return Rows(name, pool.part(layer), pool.store.of(slot).pages, computed)
 
     def _asking(self, batch: Batch, segment: GpuSegment, query: torch.Tensor, page: int) -> Asking:
         """Send to the host the queries [decodes, H, D] that it is to answer."""

@@ -114,11 +114,11 @@ def test_each_layer_of_a_prompt_is_copied_once_whatever_group_it_is_of(groups, m
     monkeypatch.setattr(
         staging, "_fill", lambda room, rows: copied.append(rows.name[1]) or copy(room, rows)
     )
-    host = SimpleNamespace(pool=pool, slots={"r": [slot]}, number=1)
+    host = SimpleNamespace(pool=pool, slots={"r": [slot]})
     segment = SimpleNamespace(first=0, seq_lens=[600], query_lens=[88])
     new = torch.zeros(88, 2, pool.layout.head_size)
     for step in (1, 2):
-        host.number = step
+        host.step = Step(number=step)
         batches = [Batch(["r"]) for _ in range(groups)]
         for number in range(4):
             made = object.__new__(cuda_offload.CudaOffloadedLayer)
