@@ -94,6 +94,7 @@ def test_text_from_the_command_line(key, value, expected):
         ("break_even", True, "a whole number of tokens from 0"),
         ("break_even", "auto", "a whole number of tokens from 0"),
         ("patterns", 3, "the path of a pattern file"),
+        ("dense_layers", [True], "layer numbers"),
         ("decode", "sparse", '"dense", "exact", "lsh", "vattention" or "topk"'),
         ("decode", "magicpig", '"dense", "exact", "lsh", "vattention" or "topk"'),
         ("rows", 15, "a whole number from 16"),
@@ -140,6 +141,8 @@ def test_an_unknown_key_suggests_the_known_one():
     assert "unknown key 'coverge'" in text
     assert 'did you mean "coverage"?' in text
     assert "break_even" in text
+    with pytest.raises(ValueError, match="unknown key '1'"):
+        SparseConfig.from_additional_config({"sparse": {1: 2}})
 
 
 def test_every_error_is_said_at_once():

@@ -82,7 +82,7 @@ class SparseConfig(BaseModel):
                 'such as {"coverage": 0.95}'
             )
         try:
-            config = cls(**given)
+            config = cls(**{str(key): value for key, value in given.items()})
         except ValidationError as error:
             raise ValueError("\n".join(_explain(given, error))) from None
         if conflicts := config._conflicts():
@@ -140,6 +140,8 @@ class SparseConfig(BaseModel):
         # `--additional-config.sparse.dense_layers 3` arrives as 3, and `... 0,3` as the string.
         if isinstance(value, int) and not isinstance(value, bool):
             return (value,)
+        if isinstance(value, (list, tuple)) and any(isinstance(x, bool) for x in value):
+            raise ValueError("a truth value")
         if isinstance(value, str):
             return [part for part in value.strip("[] ").split(",") if part]
         return value

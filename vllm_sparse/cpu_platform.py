@@ -144,7 +144,8 @@ def check_config(vllm_config) -> None:
         from .linear import layers
 
         layers.install()
-    if vllm_config.model_config is not None:
+    # The settings' layers and patterns are the target's, and not a draft's.
+    if vllm_config.model_config is not None and not compat.makes_draft(vllm_config):
         from .runtime import Model, fit_patterns, fit_phi  # loads the kernels and the planner
 
         model = Model.of(vllm_config)

@@ -10,11 +10,13 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from . import kernels
+from . import compat, kernels
 from .config import SparseConfig
 from .kernels.paged_cache import halves
+from .kernels.softmax_modes import Softmax
 from .layer_names import layer_index
 from .metadata import Segment, SparseMetadata
+from .patterns import ADAPTIVE
 from .planner import plan_prefill
 from .runtime import Model, count_flagged, start
 from .stats import STATS
@@ -81,9 +83,11 @@ class SparseAttentionImpl(CpuAttentionImpl):
 
         vllm_config = get_current_vllm_config()
         self.config = SparseConfig.from_additional_config(vllm_config.additional_config)
+        model = None if compat.makes_draft(vllm_config) else Model.of(vllm_config)
+        self.layers = 0 if model is None else model.layers
         self.runtime = start(
             self.config,
-            Model.of(vllm_config),
+            model,
             dtype=torch.get_default_dtype(),
             head_size=head_size,
             num_heads=num_heads,
@@ -158,13 +162,17 @@ class SparseAttentionImpl(CpuAttentionImpl):
             metadata.decode_seq_lens,
             scale=self.scale,
             out=out,
-            softmax=self.config.softmax,
+            softmax=self._softmax(),
             phi=self.phi,
             flagged=flagged,
             shared=metadata.shared,
         )
         if self.phi is not None:
             count_flagged(flagged)
+
+    def _softmax(self) -> Softmax:
+        softmax = self.config.softmax
+        return "online" if softmax == "unified" and self.phi is None else softmax
 
     def _segments(self, attn_metadata: SparseMetadata) -> list[Segment]:
         return attn_metadata.dense_segments if self.always_dense else attn_metadata.segments
@@ -195,7 +203,7 @@ class SparseAttentionImpl(CpuAttentionImpl):
         if decodes:
             self.offload.decode(
                 batch, metadata, query[:decodes], k_cache, v_cache, output[:decodes],
-                softmax=self.config.softmax, phi=self.phi, flagged=self.runtime.flagged,
+                softmax=self._softmax(), phi=self.phi, flagged=self.runtime.flagged,
             )  # fmt: skip
             if self.phi is not None:
                 count_flagged(self.runtime.flagged)
@@ -245,6 +253,9 @@ class SparseAttentionImpl(CpuAttentionImpl):
 
     def _find_patterns(self, layer_name: str) -> None:
         index = layer_index(layer_name)
+        if index >= self.layers:  # a draft's, which goes on counting after the target's layers
+            self.patterns = (ADAPTIVE,) * self.num_heads
+            return
         first_head = get_tensor_model_parallel_rank() * self.num_heads
         self.patterns = self.runtime.heads.patterns(index, first_head, self.num_heads)
         self.phi = self.runtime.heads.phi(index, first_head, self.num_heads)

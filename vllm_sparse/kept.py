@@ -39,7 +39,10 @@ def kept(path: Path) -> dict[str, Any]:
 
 
 def keep(path: Path, key: str, value: Any) -> bool:
-    """Add a result, whole or not at all; False where the folder cannot be written."""
+    """Add a result, whole or not at all; False where the folder cannot be written,
+    or there is none."""
+    if not path.is_absolute():  # the user has no home: not into whatever folder this runs in
+        return False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps({**kept(path), key: value}, indent=1) + "\n")

@@ -142,7 +142,7 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
             shared=self._shared(common.block_table_tensor[:num_decodes], common.seq_lens),
         )
         if self.counts:
-            self._count(metadata, sum(sparse), num_seqs)
+            self._count(metadata, query_lens, prompts, sparse)
         return metadata
 
     def _shared(self, block_table: torch.Tensor, seq_lens: torch.Tensor) -> SharedPrefixes | None:
@@ -154,14 +154,19 @@ class SparseMetadataBuilder(AttentionMetadataBuilder[SparseMetadata]):
         found = shared_prefixes(block_table, None, seq_lens[:num], page=page)
         return found if found.tile_keys.any() else None
 
-    def _count(self, metadata: SparseMetadata, num_sparse: int, num_seqs: int) -> None:
-        self.reporter.step(decode_only=not metadata.segments)
-        STATS.decode_rows += metadata.num_decodes
+    def _count(
+        self, metadata: SparseMetadata, query_lens: list[int], prompts: list[bool],
+        sparse: list[bool],
+    ) -> None:  # fmt: skip
+        # What has more rows than one and reads no prompt has tokens that were speculated.
+        chunks = [n for n, prompt in zip(query_lens, prompts, strict=True) if n > 1 and prompt]
+        self.reporter.step(decode_only=not chunks)
+        STATS.decode_rows += sum(query_lens) - sum(chunks)
         if metadata.shared is not None:
             STATS.shared_rows += int((metadata.shared.keys > 0).sum())
-        STATS.prefill_tokens += sum(s.end - s.begin for s in metadata.segments)
-        STATS.sparse_chunks += num_sparse
-        STATS.dense_chunks += num_seqs - metadata.num_decodes - num_sparse
+        STATS.prefill_tokens += sum(chunks)
+        STATS.sparse_chunks += sum(sparse)
+        STATS.dense_chunks += len(chunks) - sum(sparse)
 
 
 def refuse_non_causal(common: CommonAttentionMetadata, what: str) -> None:

@@ -88,7 +88,7 @@ class Runtime:
 @functools.cache
 def start(
     config: SparseConfig,
-    model: Model,
+    model: Model | None,
     *,
     dtype: torch.dtype,
     head_size: int,
@@ -97,12 +97,13 @@ def start(
     chunk: int,
 ) -> Runtime:
     """The Runtime for layers of one shape; heads are this rank's, `chunk` is the most tokens of a
-    step. Logs the start-up line.
+    step, `model` None for layers of a draft, of which the settings say nothing. Logs the start-up
+    line.
 
     Raises:
         ValueError: settings that do not fit the model.
     """
-    heads = HeadSettings.of(config, model)
+    heads = HeadSettings() if model is None else HeadSettings.of(config, model)
     threads = size_pool()
     break_even, source = config.break_even, "given"
     if break_even is None:

@@ -1,7 +1,5 @@
 #include "thread_pool.h"
 
-#include <unistd.h>
-
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -26,9 +24,15 @@ struct Job {
 
 class Pool {
  public:
-  Pool(int count, const int* cpus) : owner_(getpid()), scratch_(count) {
+  Pool(int count, const int* cpus) : scratch_(count) {
+    threads_.reserve(count - 1);
     for (int i = 1; i < count; ++i) {
-      threads_.emplace_back([this, i] { serve(i); });
+      try {
+        threads_.emplace_back([this, i] { serve(i); });
+      } catch (...) {  // the system has no thread more
+        end();
+        throw;
+      }
 #if defined(__linux__)
       if (cpus != nullptr) {
         cpu_set_t set;
@@ -43,16 +47,8 @@ class Pool {
     }
   }
 
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-    }
-    wake_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
+  ~Pool() { end(); }
 
-  bool forked() const { return owner_ != getpid(); }
   int size() const { return static_cast<int>(threads_.size()) + 1; }
 
   bool run(int64_t count, size_t scratch_floats,
@@ -80,6 +76,15 @@ class Pool {
   }
 
  private:
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+
   void work(size_t floats, int thread) {
     float* scratch = scratch_[thread].at_least(floats);
     for (;;) {
@@ -106,7 +111,6 @@ class Pool {
     }
   }
 
-  const pid_t owner_;
   std::vector<Scratch> scratch_;
   std::vector<std::thread> threads_;
   std::mutex mutex_;
@@ -121,8 +125,20 @@ class Pool {
 std::mutex g_mutex;  // one caller at a time: the pool belongs to the process
 std::unique_ptr<Pool> g_pool;
 
+// A child that is forked has the pool without its threads: it would wait for them for ever, where it
+// ends as well, or for a lock that another thread of its parent held.
+const bool g_forks = [] {
+#if defined(__linux__)
+  pthread_atfork([] { g_mutex.lock(); }, [] { g_mutex.unlock(); },
+                 [] {
+                   g_pool.release();
+                   g_mutex.unlock();
+                 });
+#endif
+  return true;
+}();
+
 Pool& pool() {
-  if (g_pool != nullptr && g_pool->forked()) g_pool.release();  // its threads stayed behind
   if (g_pool == nullptr) g_pool = std::make_unique<Pool>(1, nullptr);
   return *g_pool;
 }
@@ -131,7 +147,7 @@ Pool& pool() {
 
 void set_threads(int count, const int* cpus) {
   std::lock_guard<std::mutex> lock(g_mutex);
-  pool();
+  g_pool.reset();  // the new threads take the place of the old
   g_pool = std::make_unique<Pool>(count, cpus);
 }
 

@@ -11,7 +11,7 @@ from paged_layer import PagedLayer
 
 from vllm_sparse import impl, plugin
 from vllm_sparse.kernels import cpu
-from vllm_sparse.patterns import HeadPattern, PatternFile
+from vllm_sparse.patterns import ADAPTIVE, HeadPattern, PatternFile
 from vllm_sparse.stats import STATS
 
 SCHEDULES = 200
@@ -185,6 +185,38 @@ def test_break_even_and_speculated_tokens_decide_what_is_dense(llama, monkeypatc
     assert [b - a for a, b in zip(before, after, strict=True)] == [2, 1, 1]
     step([(2, 150, 5)], prompts=[False])  # speculated tokens are decoded, exactly
     assert planned == [2, 250]
+    before, after = after, (STATS.sparse_chunks, STATS.dense_chunks, STATS.decode_rows)
+    assert [b - a for a, b in zip(before, after, strict=True)] == [0, 0, 5]
+
+
+def test_layers_of_a_draft_have_none_of_the_targets_settings(llama, monkeypatch, tmp_path):
+    """Eagle's go on counting after the target's; a draft model has fewer than the settings name."""
+    window = HeadPattern(kind="a_shape", sink=64, window=64)
+    model = {"name": "m", "layers": 4, "heads": 4, "kv_heads": 2, "head_size": 64}
+    path = tmp_path / "patterns.json"
+    phi = {i: [0.0] * 4 for i in range(4)}
+    layers = {i: dict.fromkeys(range(4), window) for i in range(4)}
+    PatternFile(model=model, layers=layers, phi=phi).save(path)
+    settings = {"patterns": str(path), "softmax": "unified", "dense_layers": [3]}
+
+    def made(draft: bool) -> PagedLayer:
+        monkeypatch.setattr(impl.compat, "makes_draft", lambda config: draft)
+        return PagedLayer(
+            llama, (4, 2, 64), 64, dtype="float32", block_size=16, max_model_len=4096,
+            attention_backend="sparse", additional_config={"sparse": settings},
+        ).layer.impl  # fmt: skip
+
+    target, draft = made(False), made(True)
+    for one in (target, draft):
+        one._find_patterns("model.layers.3.self_attn.attn")
+    assert target.always_dense and target.phi is not None and target._softmax() == "unified"
+    assert target.patterns == (window,) * 4
+    for name in ("model.layers.3.self_attn.attn", "model.layers.4.self_attn.attn"):
+        draft._find_patterns(name)
+        assert draft.patterns == (ADAPTIVE,) * 4 and not draft.always_dense
+        assert draft.phi is None and draft._softmax() == "online"
+    target._find_patterns("model.layers.4.self_attn.attn")
+    assert target.patterns == (ADAPTIVE,) * 4
 
 
 def test_dense_layers_never_plan(llama, monkeypatch):

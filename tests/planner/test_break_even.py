@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vllm_sparse.kept import keep
 from vllm_sparse.planner import break_even as module
 from vllm_sparse.planner.break_even import NEVER, STEP, break_even, cache_file, crossing, measure
 
@@ -136,3 +137,11 @@ def test_the_users_cache_folder(monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
         monkeypatch.setenv("HOME", "/home/me")
         assert cache_file() == Path("/home/me/.cache/vllm-sparse/break_even.json")
+
+
+def test_a_user_without_a_home_keeps_nothing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a uid of no entry
+    assert not keep(cache_file(), "key", 1)
+    assert list(tmp_path.iterdir()) == []
