@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
@@ -34,17 +35,20 @@ def logprobs_of(output: Any) -> Logprobs:
 
 
 def difference(ours: list[Logprobs], theirs: list[Logprobs]) -> float:
-    """The largest, of the tokens that both name, prompt by prompt."""
-    return max(
-        abs(a[token] - b[token])
-        for a, b in zip(ours, theirs, strict=True)
-        for token in a.keys() & b.keys()
-    )
+    """The largest, of the tokens that both name, prompt by prompt; infinity where they name no
+    common one, or one is not finite."""
+    worst = 0.0
+    for a, b in zip(ours, theirs, strict=True):
+        found = [abs(a[token] - b[token]) for token in a.keys() & b.keys()]
+        if not found or not all(map(math.isfinite, found)):
+            return math.inf
+        worst = max(worst, *found)
+    return worst
 
 
 def unlike(error: float) -> str | None:
     """Why engines that differ by so much are not timed, or None."""
-    if error <= TOLERANCE:  # NaN is not
+    if error <= TOLERANCE:
         return None
     return f"the first token's log-probability differs by more than {TOLERANCE}"
 

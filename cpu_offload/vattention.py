@@ -18,7 +18,7 @@ import torch
 
 from . import native
 from .context import Context
-from .samplers import Proposal, Sampler, stratified
+from .samplers import Proposal, Sampler, Uniform, stratified
 from .store import KVStore, Segment
 
 BLOCK = 16
@@ -60,7 +60,8 @@ class Summaries:
 class VAttention(Sampler):
     """Heavy blocks and an even sample of the other rows.
 
-    With a budget of rows, half of them go to heavy blocks. Without one, `heavy` says how much is
+    With a budget of rows, half of them go to heavy blocks; of less than two blocks all are sampled
+    evenly. Without one, `heavy` says how much is
     read whole, and the relative error of each head's output (in the Euclidean norm) is above
     `epsilon` with a probability of at most `delta`, as far as the central limit theorem holds:
     rows of great weight that neither summaries nor the first sample show are not foreseen.
@@ -96,6 +97,8 @@ class VAttention(Sampler):
         return sum(self.index(context.store, s).nbytes for s in context.segments)
 
     def propose(self, context, q, rows, *, scale, seed=0):
+        if rows is not None and rows < 2 * BLOCK:  # a block and the last rows would be all of it
+            return Uniform(self.shared, self.seed).propose(context, q, rows, scale=scale, seed=seed)
         blocks = context.length // BLOCK
         last = torch.arange(blocks * BLOCK, context.length)  # of a block that is not full yet
         if rows is None:

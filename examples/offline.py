@@ -17,6 +17,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--kv-cache-gib", type=float, default=2.0)
     options = parser.parse_args()
+    try:
+        prompt = options.prompt.read_text(encoding="utf-8")  # before the engine starts
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"{options.prompt} cannot be read: {error}")
 
     from vllm import LLM, SamplingParams
 
@@ -29,7 +33,7 @@ def main() -> None:
         max_num_batched_tokens=4096,
     )
     sampling = SamplingParams(temperature=0, max_tokens=options.max_tokens)
-    print(llm.generate(options.prompt.read_text(), sampling)[0].outputs[0].text)
+    print(llm.generate(prompt, sampling)[0].outputs[0].text)
 
 
 # The engine runs in processes that are spawned, and import this file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bare pytest leaves the root out
 
 from benchmarks import decode_engine
+from benchmarks._engines import difference, unlike
 from benchmarks.decode_engine import TOKENS, Series, make_checkpoint, row
 
 OPTIONS = Namespace(shape="llama-3.2-1b", linear="flat", dtype="bfloat16", compiled=False)
@@ -66,3 +68,10 @@ def test_numbers_that_make_no_sense_are_refused(capsys):
         with pytest.raises(SystemExit):
             decode_engine.main(arguments)
         assert "give 1 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("other", [{1: math.nan, 2: -2.0}, {3: -0.1}, {1: -0.4, 2: -2.0}])
+def test_an_engine_that_says_something_else_is_not_timed(other):
+    same = {1: -0.1, 2: -2.0}
+    assert unlike(difference([same, same], [same, dict(same)])) is None
+    assert unlike(difference([same, same], [same, other])) is not None

@@ -58,10 +58,16 @@ def test_mean_correction_is_said_where_it_is_on(start):
     assert line.endswith(", mean correction, dense layers [1]")
 
 
-def test_a_machine_where_sparse_never_pays_is_said_so(start):
-    started, line = start(measured=NEVER)
-    assert started.break_even == NEVER
-    assert "break-even never (measured)" in line
+def test_a_machine_where_sparse_never_pays_is_said_so(start, caplog):
+    with caplog.at_level(logging.WARNING, logger=runtime.logger.name):
+        started, line = start(measured=NEVER)
+        assert started.break_even == NEVER
+        assert "break-even never (measured)" in line
+        (said,) = caplog.messages
+        assert "every prompt is read densely" in said and "break_even.json" in said
+        start(measured=2048)
+        start(break_even=NEVER)
+        assert len(caplog.messages) == 1
 
 
 def test_layers_of_one_shape_settle_it_once(start):

@@ -96,14 +96,17 @@ def calibrate(
     ] = None,
 ) -> None:  # fmt: skip
     """Measure phi, which decode with softmax "unified" needs, and put it into a pattern file."""
+    from vllm_sparse.errors import UserError
+    from vllm_sparse.files import check_folder
     from vllm_sparse.search import calibrate as calibration
 
     try:
+        check_folder(output)
         found, _ = calibration.run(
             model, output, files=prompt or (), length=length, samples=samples, device=device,
             dtype=dtype,
         )  # fmt: skip
-    except ValueError as error:
+    except (ValueError, OSError, UserError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     if found.proven:

@@ -13,7 +13,7 @@ from . import compat, log
 from .config import SECTION, SparseConfig
 from .kernels import cpu
 from .patterns import ADAPTIVE, HeadPattern, PatternFile
-from .planner.break_even import NEVER
+from .planner.break_even import NEVER, cache_file
 from .planner.break_even import break_even as measure_break_even
 from .stats import STATS
 
@@ -119,7 +119,14 @@ def start(
 def say_active(
     logger: logging.Logger, config: SparseConfig, break_even: int, source: str, kernels: str
 ) -> None:
-    """The start-up line."""
+    """The start-up line, and a warning where there will be no sparse prefill."""
+    if break_even >= NEVER and source == "measured":
+        logger.warning(
+            "Sparse prefill was not faster than dense at any length that was measured here: every "
+            "prompt is read densely. Set break_even to a number of tokens to read longer prompts "
+            "sparsely, or delete %s to have it measured anew at the next start",
+            cache_file(),
+        )
     logger.info(
         "Sparse attention active: coverage %g, break-even %s (%s), patterns %s, "
         "decode %s, softmax %s, kernels %s%s%s",

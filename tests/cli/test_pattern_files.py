@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vllm_sparse.cli import app
+from vllm_sparse.files import write_whole
 from vllm_sparse.patterns import PatternFile
 
 GOOD = {
@@ -309,3 +310,10 @@ def test_what_is_not_theirs_is_refused(content: str, message: str, tmp_path: Pat
 def test_every_command_explains_itself(command: str):
     done = invoke(command, "--help")
     assert done.exit_code == 0 and "--json" in done.stdout
+
+
+def test_what_cannot_be_written_names_the_file_that_was_asked_for(tmp_path):
+    wanted = tmp_path / "none" / "file.json"
+    with pytest.raises(FileNotFoundError) as error:
+        write_whole(wanted, "{}")
+    assert error.value.filename == str(wanted)

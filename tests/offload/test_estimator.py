@@ -199,3 +199,16 @@ def test_nothing_is_read_where_nothing_is():
         out, lse, read = attend(q, empty, empty, name)
         assert (out == 0).all() and (lse == -torch.inf).all() and read.tolist() == [0, 0]
     assert native.kv_heads(torch.zeros(2, 3, 2, 1, 16)).tolist() == [0, 0, 1, 1, 2, 2] * 2
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 15, 31, 32, 40])
+@pytest.mark.parametrize("length", [1000, 1007, 1008])
+def test_few_rows_still_stand_for_all(rows, length):
+    """Of keys that are alike any sample has the exact sum; the last rows alone would not."""
+    k, v = torch.ones(length, 1, 16), torch.randn(length, 1, 16)
+    with context_of(k, v) as context:
+        q = torch.zeros(1, 1, 1, 4, 16)
+        got = VAttention().propose(context, q, rows, scale=1.0)
+        _, lse = native.gather(context, q, got.rows, got.log_prob, got.counts, scale=1.0)
+    assert int(got.counts) == rows
+    torch.testing.assert_close(lse.flatten(), torch.full((4,), math.log(length)))

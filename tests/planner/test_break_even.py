@@ -12,7 +12,15 @@ import torch
 
 from vllm_sparse.kept import keep
 from vllm_sparse.planner import break_even as module
-from vllm_sparse.planner.break_even import NEVER, STEP, break_even, cache_file, crossing, measure
+from vllm_sparse.planner.break_even import (
+    NEVER,
+    STEP,
+    break_even,
+    cache_file,
+    crossing,
+    measure,
+    settled,
+)
 
 SHAPE = (torch.float32, 64, 4, 2, 1)
 
@@ -64,6 +72,32 @@ def test_the_paths_run_and_the_first_that_pays_is_the_last():
     ratios = list(measure(*SHAPE, 2.0))
     assert ratios and all(ratio > 0 for _, ratio in ratios)
     assert all(ratio >= 1 for _, ratio in ratios[:-1])
+
+
+def test_one_length_alone_is_no_reason_to_keep_never(tmp_path):
+    cache = tmp_path / "break_even.json"
+    found = [[(1024, 1.2)], [(1024, 1.2), (2048, 0.6)], [(1024, 2.0), (2048, 2.5)]]
+    tokens = [settled(cache, str(i), lambda i=i: found[i]) for i in range(3)]
+    assert tokens == [NEVER, crossing(found[1]), NEVER] and tokens[1] < NEVER
+    assert set(json.loads(cache.read_text())) == {"1", "2"}
+    assert settled(cache, "0", lambda: found[1]) == tokens[1]
+
+
+def test_the_budget_lasts_as_long_on_a_busy_machine(monkeypatch):
+    """Whatever else runs meanwhile takes no CPU seconds of ours."""
+    wall, cpu = [0.0], [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: wall[0])
+    monkeypatch.setattr(module.time, "thread_time", lambda: cpu[0])
+
+    def path(seconds: float):
+        def run() -> None:
+            cpu[0] += seconds
+            wall[0] += 100 * seconds
+
+        return run
+
+    monkeypatch.setattr(module, "_paths", lambda *_: (path(0.02), path(0.01)))
+    assert len(list(measure(*SHAPE, 2.0))) > 2
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,32 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     assert "layers: file 5, model 2" in done.output
 
 
+@pytest.mark.parametrize(
+    "output, message", [("none/f.json", "does not exist"), ("", "is a folder")]
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(tmp_path, output, message):
+    done = CliRunner().invoke(app, ["calibrate", "no model", "-o", str(tmp_path / output)])
+    assert done.exit_code == 1
+    assert message in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_an_empty_prompt_is_refused(tmp_path, monkeypatch):
+    """A tokenizer makes the token that begins every text of it."""
+
+    def tokenizer(text, add_special_tokens=True):
+        return {"input_ids": [1] * add_special_tokens + [7] * len(text.split())}
+
+    import transformers
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    file = tmp_path / "prompt.txt"
+    file.write_text("two words")
+    assert calibrate.text_prompts("m", [file], 9) == [[1, 7, 7]]
+    file.write_text("")
+    with pytest.raises(ValueError, match="is empty; give text"):
+        calibrate.text_prompts("m", [file], 9)
+
+
 def test_a_model_that_is_not_there_is_one_line(tmp_path):
     done = CliRunner().invoke(app, ["calibrate", str(tmp_path / "no"), "-o", str(tmp_path / "f")])
     assert done.exit_code == 1

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_sparse.patterns import PatternFile
 from vllm_sparse.search.candidates import DEFAULT
@@ -157,6 +158,8 @@ def test_the_server_takes_the_file(found):
     [
         (("./none/at/all", "-o", "p.json"), "cannot be loaded"),
         (("none", "-o", "/nowhere/at/all/p.json"), "does not exist"),
+        (("none", "--report", "/nowhere/r.html"), "/nowhere/r.html: the folder /nowhere does not"),
+        (("none", "-o", "."), "is a folder; give the name of a file"),
         (("none", "--error", "0.1", "--budget", "0.1"), "give one of the two"),
         (("none", "--budget", "7"), "budget: got 7.0; allowed: above 0, at most 1"),
     ],
@@ -187,3 +190,15 @@ def test_the_models_attention_is_drawn_layer_by_layer(found, plain: Path, tmp_pa
     pictures = [(tmp_path / name).read_bytes() for name in names]
     assert all(p.startswith(b"\x89PNG") and len(p) > 20_000 for p in pictures)
     assert len(set(pictures)) == 4
+
+
+def test_a_checkpoint_of_other_weights_is_of_another_search(plain: Path):
+    from vllm_sparse.search.capture import load_model
+    from vllm_sparse.search.run import _digest
+
+    model = load_model(str(plain))
+    before = _digest(model)
+    assert _digest(load_model(str(plain))) == before
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.01)
+    assert _digest(model) != before

@@ -76,10 +76,12 @@ def measure(
     """
     group = num_heads // num_kv_heads
     kv_heads = max(1, min(num_kv_heads, MAX_HEADS // group))
-    begin = time.perf_counter()
+    # The budget counts as what is measured does: on a busy machine it lasts for as many lengths.
+    clock = _clock(threads)
+    begin = clock()
     spent = 0.0  # on the last length
     for length in LENGTHS:
-        now = time.perf_counter()
+        now = clock()
         # The next length costs up to four times the last one.
         if now - begin + 4 * spent > budget:
             return
@@ -91,7 +93,7 @@ def measure(
         yield length, ratio
         if ratio < 1:
             return
-        spent = time.perf_counter() - now
+        spent = clock() - now
 
 
 def crossing(ratios: list[tuple[int, float]]) -> int:
@@ -118,12 +120,16 @@ def _rounded(tokens: float) -> int:
 
 
 def _timed(run: Callable[[], object], threads: int) -> float:
-    # The result is kept for good, so one thread's is taken in CPU seconds: they are the same on a
-    # busy machine.
-    clock = time.thread_time if threads == 1 else time.perf_counter
+    clock = _clock(threads)
     begin = clock()
     run()
     return clock() - begin
+
+
+def _clock(threads: int) -> Callable[[], float]:
+    """The result is kept for good, so one thread's is taken in CPU seconds: they are the same on a
+    busy machine."""
+    return time.thread_time if threads == 1 else time.perf_counter
 
 
 def problem(
@@ -200,10 +206,13 @@ def cache_file() -> Path:
 
 
 def settled(path: Path, key: str, measure: Callable[[], Iterable[tuple[int, float]]]) -> int:
-    """The break-even kept under a key, or else the crossing of what is measured, kept then."""
+    """The break-even kept under a key, or else the crossing of what is measured, kept then, unless
+    one length alone was measured and says nothing of longer ones."""
     value = kept(path).get(key)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= NEVER:
         return value
-    tokens = crossing(list(measure()))
-    keep(path, key, tokens)
+    points = list(measure())
+    tokens = crossing(points)
+    if tokens < NEVER or len(points) > 1:
+        keep(path, key, tokens)
     return tokens

@@ -204,9 +204,10 @@ def text_prompts(name: str, files: Iterable[Path], length: int) -> list[list[int
             text = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"prompt {str(file)!r} cannot be read: {error}") from error
-        if not (tokens := list(tokenizer(text)["input_ids"])[:length]):
+        # Of an empty text some tokenizers make the token that begins every text.
+        if not tokenizer(text, add_special_tokens=False)["input_ids"]:
             raise ValueError(f"prompt {str(file)!r} is empty; give text")
-        prompts.append(tokens)
+        prompts.append(list(tokenizer(text)["input_ids"])[:length])
     return prompts
 
 

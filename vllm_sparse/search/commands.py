@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from vllm_sparse.errors import UserError
+from vllm_sparse.files import check_folder
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Model = Annotated[str, typer.Argument(help="Folder or Hugging Face id of the model.")]
@@ -92,8 +93,9 @@ def search(
         from vllm_sparse.search.run import search as run_search
 
         goal = Goal(error, budget)
-        if not out.absolute().parent.is_dir():
-            raise UserError(f"{out}: the folder {out.absolute().parent} does not exist")
+        check_folder(out)
+        place = report or out.with_name("report.html")
+        check_folder(place)
         result = run_search(
             Options(
                 model=model, out=out, texts=tuple(prompt or ()), length=length, samples=samples,
@@ -101,7 +103,6 @@ def search(
                 progress=not as_json,
             )
         )  # fmt: skip
-        place = report or out.with_name("report.html")
         write_report(result, place)
     if as_json:
         check = None if result.check is None else asdict(result.check)
@@ -285,6 +286,7 @@ def needle(
         from vllm_sparse.report import pictures
 
         pictures.pyplot()  # before minutes are spent
+        check_folder(out)
         settings = _object(config, "--config")
         if patterns is not None:
             settings["patterns"] = str(patterns)

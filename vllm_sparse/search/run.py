@@ -6,6 +6,7 @@ its keys and values and three copies of its queries' size.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import time
 from collections.abc import Callable, Sequence
@@ -86,10 +87,17 @@ def search(options: Options) -> Result:
     begin = time.monotonic()
     model = capturing.load_model(options.model, device=options.device, dtype=options.dtype)
     info = capturing.model_info(model, options.model)
+    if info.head_size % 16:
+        raise capturing.ModelError(
+            f"model {options.model!r} has heads of {info.head_size}; the sparse backend serves "
+            "multiples of 16"
+        )
     prompts = _prompts(options, model)
     dtype = next(model.parameters()).dtype
     tried = candidates(max(len(p.token_ids) for p in prompts))
-    checkpoint = Checkpoint(options.folder, _identity(info, prompts, tried, dtype), options.resume)
+    identity = _identity(info, prompts, tried, dtype)
+    identity |= {"weights": _digest(model), "device": options.device}
+    checkpoint = Checkpoint(options.folder, identity, options.resume)
     costs = checkpoint.costs(
         lambda: machine_costs(info.heads, info.kv_heads, info.head_size, dtype)
     )
@@ -134,7 +142,20 @@ def _identity(
         "dtype": str(dtype),
         "chunk": CHUNK,
         "version": __version__,
+        "kernels": cpu.isa(),
+        "torch": torch.__version__,
     }
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Of up to 64 numbers of each weight: another training's differ, and reading them takes no
+    time."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        some = numbers[:: max(numbers.numel() // 64, 1)][:64].float().cpu()
+        found.update(f"{name} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _score(
